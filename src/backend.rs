@@ -1,0 +1,317 @@
+//! What a device must offer: the few fused operations that a decoder layer is made of.
+//!
+//! The forward pass ([`crate::model`]) is written once against these traits. Three backends
+//! implement them: [`crate::gpu::Gpu`] in WGSL, [`crate::cpu::Cpu`] with threads and SIMD, and
+//! [`crate::reference::Reference`], which is written to be read and is the yardstick of the
+//! other two.
+//!
+//! A [`Backend`] belongs to a device and is shared by all sessions; it makes weights, activations
+//! and caches. A [`Operations`] stream belongs to one session and runs the operations in order.
+//! On a GPU they are only recorded until [`Operations::submit`]; the results are read after it.
+
+use std::ops::Range;
+
+use crate::checkpoint::MatrixSource;
+use crate::error::Result;
+use crate::sampler::SampleStep;
+
+/// The number format of an activation tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TensorFormat {
+    /// One `f32` an element.
+    F32,
+    /// BitNet's activations: one `i8` an element and one scale a row, `x ~ i8 * scale`.
+    ///
+    /// With `m = max(max |x|, 1e-5)` over the row, the element is
+    /// `clamp(round_half_even(x * (127 / m)), -128, 127)` and the scale is `m / 127`
+    /// (`BitLinear` of <https://arxiv.org/abs/2402.17764>, as in transformers).
+    Int8,
+}
+
+/// The number format of a weight matrix on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MatrixFormat {
+    /// 32-bit floats.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an `f32`.
+    BF16,
+    /// `i8` in blocks of [`Q8_BLOCK`] columns of a row, one `f16` scale a block.
+    Q8,
+    /// Two bits a weight, four output rows in a byte; multiplies [`TensorFormat::Int8`] only.
+    Ternary,
+}
+
+/// Columns that share a scale in [`MatrixFormat::Q8`].
+pub const Q8_BLOCK: usize = 32;
+
+impl MatrixFormat {
+    /// The format's name as the command line spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::Q8 => "q8",
+            Self::Ternary => "ternary",
+        }
+    }
+}
+
+/// The number format of cached keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum CacheFormat {
+    /// 32-bit floats: for comparing with other engines.
+    F32,
+    /// IEEE half precision, rounded to nearest even.
+    #[default]
+    F16,
+}
+
+impl CacheFormat {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 => 2,
+        }
+    }
+}
+
+/// The shape of the attention of every layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AttentionShape {
+    /// Query heads, `H`.
+    pub heads: usize,
+    /// Key and value heads, `G`; divides `heads`. Query head `h` reads KV head `h / (H / G)`.
+    pub kv_heads: usize,
+    /// Elements of a head, `D`; even.
+    pub head_dim: usize,
+}
+
+impl AttentionShape {
+    /// Width of the stacked q, k, v projection: `(H + 2 G) D`.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Width of all heads together: `H D`.
+    pub fn width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+}
+
+/// What one session needs of its stream: how large anything it is asked can get.
+#[derive(Clone, Copy, Debug)]
+pub struct StreamShape {
+    /// Tokens of the largest chunk.
+    pub rows: usize,
+    /// Tokens that the cache can hold.
+    pub context: usize,
+    /// The attention's shape.
+    pub attention: AttentionShape,
+    /// Width of the logits.
+    pub vocabulary: usize,
+}
+
+/// The activation between gate and up projection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `x * sigmoid(x)` (Llama).
+    Silu,
+    /// `max(x, 0)^2` (BitNet b1.58 2B4T, <https://arxiv.org/abs/2504.12285>).
+    Relu2,
+}
+
+/// Bytes held on the device, or in host memory for a CPU backend.
+pub trait Footprint {
+    /// Bytes held, padding included.
+    fn bytes(&self) -> u64;
+}
+
+/// A device: makes what a model and its sessions hold.
+///
+/// Weights are immutable and shared. Activations and caches belong to one session.
+pub trait Backend: Sized + Send + Sync + 'static {
+    /// A weight matrix `[out, in]`, or several stacked over `out` that share their input.
+    type Linear: Footprint + Send + Sync;
+    /// An RMSNorm: its weight `[width]` and epsilon.
+    type Norm: Footprint + Send + Sync;
+    /// The rotary table: cosine and sine of each position and pair.
+    type Rope: Footprint + Send + Sync;
+    /// Activations `[rows, width]`; `rows` is set by the operation that writes it.
+    type Tensor: Footprint + Send;
+    /// Keys and values of one layer.
+    type Cache: Footprint + Send;
+    /// Where a session's operations run.
+    type Stream: Operations<Self>;
+
+    /// Which device this is.
+    fn device(&self) -> &DeviceInfo;
+
+    /// Brings matrices that share their input width to the device, stacked in the order given.
+    ///
+    /// All are of one [`MatrixFormat`]. They are read in bounded pieces: host memory grows by
+    /// megabytes, not by the matrix.
+    ///
+    /// # Errors
+    /// Device out of memory or over its limits; an unreadable file.
+    fn linear(&self, stack: &[MatrixSource]) -> Result<Self::Linear>;
+
+    /// An RMSNorm with `weight` `[width]`.
+    fn norm(&self, weight: &[f32], eps: f32) -> Result<Self::Norm>;
+
+    /// The rotary table `[positions, D / 2]` of (cosine, sine).
+    fn rope(&self, table: &[[f32; 2]], head_dim: usize) -> Result<Self::Rope>;
+
+    /// Activations of up to `rows` tokens, zeros at first.
+    fn tensor(&self, rows: usize, width: usize, format: TensorFormat) -> Result<Self::Tensor>;
+
+    /// An empty cache for up to `context` tokens of one layer.
+    fn cache(
+        &self,
+        shape: AttentionShape,
+        context: usize,
+        format: CacheFormat,
+    ) -> Result<Self::Cache>;
+
+    /// A stream for one session.
+    fn stream(&self, shape: &StreamShape) -> Result<Self::Stream>;
+
+    /// Writes `values` `[rows, width]` into an F32 tensor and sets its rows. For tests and tools.
+    fn write(&self, tensor: &mut Self::Tensor, values: &[f32]) -> Result<()>;
+
+    /// Writes an Int8 tensor: elements `[rows, width]` and one scale a row. For tests and tools.
+    fn write_int8(&self, tensor: &mut Self::Tensor, values: &[i8], scales: &[f32]) -> Result<()>;
+
+    /// Largest `top_k` that [`Operations::sample`] takes; `usize::MAX` where there is no limit.
+    fn max_top_k(&self) -> usize;
+}
+
+/// The operations of one session, run in the order they are called.
+///
+/// Every operation reads the live rows of its input and sets the rows of its output. Shapes are
+/// the caller's contract: the model checks them once when it is loaded.
+pub trait Operations<B: Backend<Stream = Self>>: Send {
+    /// Starts a step over `tokens`, the first of which stands at `position` of the context.
+    ///
+    /// `tokens` has 1 to [`StreamShape::rows`] ids, each within the vocabulary, and
+    /// `position + tokens.len()` is at most [`StreamShape::context`].
+    fn begin(&mut self, tokens: &[u32], position: usize) -> Result<()>;
+
+    /// `out[t] = table[token t]`, `[T, hidden]`; `table` is a single matrix `[vocabulary, hidden]`.
+    fn embed(&mut self, table: &B::Linear, out: &mut B::Tensor) -> Result<()>;
+
+    /// RMSNorm of the given `rows` of `x` (F32) into rows `0..rows.len()` of `out`:
+    /// `y = weight * (x / sqrt(mean(x^2) + eps))`, quantised where `out` is Int8.
+    ///
+    /// Source: RMSNorm, <https://arxiv.org/abs/1910.07467>, equation 4.
+    fn norm(
+        &mut self,
+        x: &B::Tensor,
+        rows: Range<usize>,
+        norm: &B::Norm,
+        out: &mut B::Tensor,
+    ) -> Result<()>;
+
+    /// `out = x W^T`, `[T, in] x [out, in] -> [T, out]`, out F32.
+    ///
+    /// `x` is Int8 for ternary weights, with exact `i32` sums:
+    /// `out = sum(i8 * trit) * (scale of the row * scale of the matrix)`. Else `x` is F32.
+    fn linear(&mut self, x: &B::Tensor, weight: &B::Linear, out: &mut B::Tensor) -> Result<()>;
+
+    /// `out += x W^T`: [`Operations::linear`] onto the residual stream.
+    fn linear_add(&mut self, x: &B::Tensor, weight: &B::Linear, out: &mut B::Tensor) -> Result<()>;
+
+    /// Rotates queries and keys in `qkv` `[T, (H + 2 G) D]` and appends keys and values to the
+    /// cache at the step's position. Only the queries need to be rotated in place.
+    ///
+    /// Half-split rotation as in transformers: pairs are `(i, i + D / 2)`.
+    /// Source: RoFormer, <https://arxiv.org/abs/2104.09864>, equation 34.
+    fn rope_append(
+        &mut self,
+        qkv: &mut B::Tensor,
+        rope: &B::Rope,
+        cache: &mut B::Cache,
+    ) -> Result<()>;
+
+    /// Causal attention of the step's queries over the cache, `[T, H D]`:
+    /// `softmax(q k^T / sqrt(D)) v` by online softmax; no `T x L` matrix is held.
+    fn attention(&mut self, qkv: &B::Tensor, cache: &B::Cache, out: &mut B::Tensor) -> Result<()>;
+
+    /// `out = act(gate) * up` from `gate_up` `[T, 2 I]` (gate first), then `norm` where there is
+    /// one (BitNet's ffn_sub_norm), quantised where `out` is Int8. `[T, I]`.
+    fn gate(
+        &mut self,
+        gate_up: &B::Tensor,
+        activation: Activation,
+        norm: Option<&B::Norm>,
+        out: &mut B::Tensor,
+    ) -> Result<()>;
+
+    /// Chooses a token from the last live row of `logits`; the host gets it by
+    /// [`Operations::token`]. See [`SampleStep`] for the exact rule.
+    fn sample(&mut self, logits: &B::Tensor, step: &SampleStep<'_>) -> Result<()>;
+
+    /// Ends the step: a GPU starts to work. Does not wait.
+    fn submit(&mut self) -> Result<()>;
+
+    /// Waits for the sampled token of the last submitted step.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`](crate::Error::NotFinite) where the logits held NaN.
+    fn token(&mut self) -> Result<u32>;
+
+    /// Waits for all submitted work and reads the live rows of an F32 tensor, `[rows, width]`.
+    fn read(&mut self, tensor: &B::Tensor) -> Result<Vec<f32>>;
+
+    /// Waits likewise and reads an Int8 tensor: elements `[rows, width]`, and a scale a row.
+    fn read_int8(&mut self, tensor: &B::Tensor) -> Result<(Vec<i8>, Vec<f32>)>;
+}
+
+/// What kind of processor a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// The CPU backend.
+    Cpu,
+    /// A GPU that shares the CPU's memory.
+    IntegratedGpu,
+    /// A GPU with memory of its own.
+    DiscreteGpu,
+    /// A GPU lent by a hypervisor.
+    VirtualGpu,
+    /// A software renderer: a GPU interface computed by the CPU.
+    SoftwareGpu,
+    /// A GPU whose driver does not say.
+    OtherGpu,
+}
+
+impl DeviceKind {
+    /// The kind in words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "CPU",
+            Self::IntegratedGpu => "integrated GPU",
+            Self::DiscreteGpu => "discrete GPU",
+            Self::VirtualGpu => "virtual GPU",
+            Self::SoftwareGpu => "software GPU",
+            Self::OtherGpu => "GPU",
+        }
+    }
+}
+
+/// Which device a model runs on, in words for people and bug reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// The device's name, such as `llvmpipe (LLVM 15.0.6, 256 bits)`.
+    pub name: String,
+    /// What kind of processor it is.
+    pub kind: DeviceKind,
+    /// The interface it is reached by: `cpu`, `vulkan`, `metal`, `dx12`.
+    pub backend: String,
+    /// The driver and its version; for the CPU, the SIMD kernels and threads in use.
+    pub driver: String,
+    /// Optional abilities in use, such as `f16` or `subgroups`.
+    pub features: Vec<String>,
+}

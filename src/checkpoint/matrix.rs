@@ -1,0 +1,363 @@
+//! A weight matrix on its way from a file to a device: where its bytes lie, and how to bring them
+//! into the format that a backend computes with, a few rows at a time.
+
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use crate::backend::{MatrixFormat, Q8_BLOCK};
+
+/// Bytes of a tensor: mapped from a file, or owned. Cheap to clone.
+///
+/// Each tensor is mapped by itself, so that its pages leave the process's memory when the last
+/// user of the tensor is gone.
+#[derive(Clone)]
+pub struct Bytes(Arc<dyn Deref<Target = [u8]> + Send + Sync>);
+
+impl Bytes {
+    /// Bytes that live in a file map.
+    pub(crate) fn mapped(map: memmap2::Mmap) -> Self {
+        Self(Arc::new(map))
+    }
+}
+
+impl From<Vec<u8>> for Bytes {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self(Arc::new(bytes))
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Bytes({})", self.len())
+    }
+}
+
+/// A float format of a checkpoint, little endian.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FloatType {
+    /// 32-bit floats.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an `f32`.
+    BF16,
+}
+
+impl FloatType {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+
+    /// Decodes `bytes` into `out`, one element each.
+    ///
+    /// Extra elements on either side are left alone.
+    pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
+        let two = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
+        match self {
+            Self::F32 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                }
+            }
+            Self::F16 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *o = f16::from_bits(two(b)).to_f32();
+                }
+            }
+            Self::BF16 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *o = bf16::from_bits(two(b)).to_f32();
+                }
+            }
+        }
+    }
+
+    fn matrix_format(self) -> MatrixFormat {
+        match self {
+            Self::F32 => MatrixFormat::F32,
+            Self::F16 => MatrixFormat::F16,
+            Self::BF16 => MatrixFormat::BF16,
+        }
+    }
+}
+
+/// How the matrix lies in the file and what becomes of it.
+#[derive(Clone, Debug)]
+enum Storage {
+    /// Floats that keep their format, or become Q8.
+    Float { stored: FloatType, data: Bytes, q8: bool },
+    /// Packed trits, `[ceil(rows / 4), cols]` bytes.
+    Packed { data: Bytes, scale: f32 },
+    /// Float master weights that are rounded to trits while they are read.
+    Master {
+        stored: FloatType,
+        data: Bytes,
+        /// `max(mean |W|, 1e-5)`: the scale of the result.
+        scale: f32,
+    },
+}
+
+/// One weight matrix `[rows, cols]` = `[out, in]`, with the bytes of its file and the format that
+/// a backend is to compute with.
+///
+/// # Formats, as [`MatrixSource::encode`] and [`MatrixSource::borrow`] give them
+/// - `F32`, `F16`, `BF16`: row-major, little endian.
+/// - `Q8`: row-major `i8`; each [`Q8_BLOCK`] columns of a row share a scale
+///   `f16(max |w| / 127)`, the last block of a row may be short.
+/// - `Ternary`: `storage_rows = ceil(rows / 4)` rows of `cols` bytes. Bits `2j, 2j + 1` of byte
+///   `[r, c]` hold the weight of row `r + j * storage_rows`, column `c`, plus one (0, 1, 2 for
+///   -1, 0, +1); the layout of microsoft/bitnet-b1.58-2B-4T. Fields of rows that do not exist
+///   (`>= rows`) hold 1. The effective weight is trit times [`MatrixSource::scale`].
+#[derive(Clone, Debug)]
+pub struct MatrixSource {
+    name: String,
+    rows: usize,
+    cols: usize,
+    storage: Storage,
+}
+
+impl MatrixSource {
+    /// A float matrix that keeps its stored format.
+    ///
+    /// # Panics
+    /// If `data` is not `rows * cols` elements long: the reader of the file checks that.
+    pub fn float(
+        name: impl Into<String>,
+        rows: usize,
+        cols: usize,
+        stored: FloatType,
+        data: Bytes,
+    ) -> Self {
+        let name = name.into();
+        assert_eq!(data.len(), rows * cols * stored.bytes(), "{name}: length");
+        let q8 = false;
+        let storage = Storage::Float { stored, data, q8 };
+        Self { name, rows, cols, storage }
+    }
+
+    /// A matrix of trits, packed as in the type's description; the product is multiplied by
+    /// `scale`.
+    ///
+    /// # Panics
+    /// If `data` is not `ceil(rows / 4) * cols` bytes long: the reader of the file checks that.
+    pub fn packed(
+        name: impl Into<String>,
+        rows: usize,
+        cols: usize,
+        data: Bytes,
+        scale: f32,
+    ) -> Self {
+        let name = name.into();
+        assert_eq!(data.len(), rows.div_ceil(4) * cols, "{name}: length");
+        let storage = Storage::Packed { data, scale };
+        Self { name, rows, cols, storage }
+    }
+
+    /// Float master weights of a BitNet model, ternarised as they are read:
+    /// `trit = clamp(round_half_even(w / m), -1, 1)` with `m = max(mean |W|, 1e-5)` over the whole
+    /// matrix, which is also the scale of the product
+    /// (absmean quantisation, <https://arxiv.org/abs/2402.17764>, equations 1 to 3).
+    ///
+    /// # Panics
+    /// If `data` is not `rows * cols` elements long: the reader of the file checks that.
+    pub fn master(
+        name: impl Into<String>,
+        rows: usize,
+        cols: usize,
+        stored: FloatType,
+        data: Bytes,
+    ) -> Self {
+        let name = name.into();
+        assert_eq!(data.len(), rows * cols * stored.bytes(), "{name}: length");
+        let scale = absmean(stored, &data, cols).max(1e-5);
+        let storage = Storage::Master { stored, data, scale };
+        Self { name, rows, cols, storage }
+    }
+
+    /// The same matrix in 8 bits; ternary matrices stay as they are.
+    #[must_use]
+    pub fn into_q8(mut self) -> Self {
+        if let Storage::Float { q8, .. } = &mut self.storage {
+            *q8 = true;
+        }
+        self
+    }
+
+    /// The tensor's name in the checkpoint.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Output width.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input width.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The format that [`MatrixSource::encode`] writes.
+    pub fn format(&self) -> MatrixFormat {
+        match &self.storage {
+            Storage::Float { q8: true, .. } => MatrixFormat::Q8,
+            Storage::Float { stored, .. } => stored.matrix_format(),
+            Storage::Packed { .. } | Storage::Master { .. } => MatrixFormat::Ternary,
+        }
+    }
+
+    /// What the product is multiplied by: 1 but for ternary matrices.
+    pub fn scale(&self) -> f32 {
+        match &self.storage {
+            Storage::Float { .. } => 1.0,
+            Storage::Packed { scale, .. } | Storage::Master { scale, .. } => *scale,
+        }
+    }
+
+    /// Rows of the encoded matrix: `rows`, or `ceil(rows / 4)` for ternary ones.
+    pub fn storage_rows(&self) -> usize {
+        match self.format() {
+            MatrixFormat::Ternary => self.rows.div_ceil(4),
+            _ => self.rows,
+        }
+    }
+
+    /// Bytes of one encoded row without padding, scales not counted.
+    pub fn row_bytes(&self) -> usize {
+        match self.format() {
+            MatrixFormat::F32 => self.cols * 4,
+            MatrixFormat::F16 | MatrixFormat::BF16 => self.cols * 2,
+            MatrixFormat::Q8 | MatrixFormat::Ternary => self.cols,
+        }
+    }
+
+    /// Scales of one encoded row: one per [`Q8_BLOCK`] columns for Q8, else none.
+    pub fn row_scales(&self) -> usize {
+        match self.format() {
+            MatrixFormat::Q8 => self.cols.div_ceil(Q8_BLOCK),
+            _ => 0,
+        }
+    }
+
+    /// The file's own bytes where they are already in [`MatrixSource::format`] without padding, so
+    /// that a CPU can compute on the map itself.
+    pub fn borrow(&self) -> Option<Bytes> {
+        match &self.storage {
+            Storage::Float { data, q8: false, .. } | Storage::Packed { data, .. } => {
+                Some(data.clone())
+            }
+            Storage::Float { q8: true, .. } | Storage::Master { .. } => None,
+        }
+    }
+
+    /// Appends storage rows `range` to `values`, each padded with zeros to `stride` bytes, and for
+    /// Q8 the rows' scales to `scales`, each row padded with zeros to `scale_stride` scales.
+    ///
+    /// A zero byte of padding in a ternary row means four weights of -1: it must meet activations
+    /// of zero.
+    ///
+    /// # Panics
+    /// If `range` is outside the storage rows or `stride` is below [`MatrixSource::row_bytes`].
+    pub fn encode(
+        &self,
+        range: Range<usize>,
+        stride: usize,
+        scale_stride: usize,
+        values: &mut Vec<u8>,
+        scales: &mut Vec<f16>,
+    ) {
+        assert!(range.end <= self.storage_rows(), "{}: rows {range:?}", self.name);
+        assert!(stride >= self.row_bytes(), "{}: stride {stride}", self.name);
+        match &self.storage {
+            Storage::Float { data, q8: false, .. } | Storage::Packed { data, .. } => {
+                let row_bytes = self.row_bytes();
+                for row in range {
+                    values.extend_from_slice(&data[row * row_bytes..][..row_bytes]);
+                    values.resize(values.len() + stride - row_bytes, 0);
+                }
+            }
+            Storage::Float { stored, data, q8: true } => {
+                let mut floats = vec![0.0; self.cols];
+                for row in range {
+                    self.decode_row(*stored, data, row, &mut floats);
+                    quantize_q8(&floats, values, scales);
+                    values.resize(values.len() + stride - self.cols, 0);
+                    let padding = scale_stride - self.row_scales();
+                    scales.resize(scales.len() + padding, f16::ZERO);
+                }
+            }
+            Storage::Master { stored, data, scale } => {
+                let mut floats = vec![0.0; self.cols];
+                let inverse = 1.0 / scale;
+                let quarter = self.storage_rows();
+                for row in range {
+                    let start = values.len();
+                    // Four fields of 1, the trit 0.
+                    values.resize(start + self.cols, 0b01_01_01_01);
+                    values.resize(start + stride, 0);
+                    let packed = &mut values[start..start + self.cols];
+                    for field in 0..4 {
+                        let source = row + field * quarter;
+                        if source >= self.rows {
+                            break;
+                        }
+                        self.decode_row(*stored, data, source, &mut floats);
+                        for (byte, &w) in packed.iter_mut().zip(&floats) {
+                            let trit = (w * inverse).round_ties_even().clamp(-1.0, 1.0);
+                            let code = (trit as i8 + 1) as u8;
+                            *byte = *byte & !(3 << (2 * field)) | code << (2 * field);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn decode_row(&self, stored: FloatType, data: &Bytes, row: usize, out: &mut [f32]) {
+        let row_bytes = self.cols * stored.bytes();
+        stored.decode(&data[row * row_bytes..][..row_bytes], out);
+    }
+}
+
+/// Mean of |W| over a whole matrix, in f64 so that the order of summation does not matter.
+fn absmean(stored: FloatType, data: &[u8], cols: usize) -> f32 {
+    if data.is_empty() {
+        return 0.0;
+    }
+    let mut floats = vec![0.0f32; cols];
+    let mut sum = 0.0f64;
+    for row in data.chunks_exact(cols * stored.bytes()) {
+        stored.decode(row, &mut floats);
+        sum += floats.iter().map(|w| f64::from(w.abs())).sum::<f64>();
+    }
+    (sum / (data.len() / stored.bytes()) as f64) as f32
+}
+
+/// Symmetric 8 bits: `w ~ i8 * scale` with `scale = f16(max |w| / 127)` a block.
+fn quantize_q8(row: &[f32], values: &mut Vec<u8>, scales: &mut Vec<f16>) {
+    for block in row.chunks(Q8_BLOCK) {
+        let max = block.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+        let scale = f16::from_f32(max / 127.0);
+        let inverse = if scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
+        scales.push(scale);
+        values.extend(block.iter().map(|w| {
+            let level = (w * inverse).round_ties_even().clamp(-127.0, 127.0);
+            level as i8 as u8
+        }));
+    }
+}

@@ -1,0 +1,5 @@
+//! What is on disk.
+
+mod matrix;
+
+pub use matrix::{Bytes, FloatType, MatrixSource};

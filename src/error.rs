@@ -1,0 +1,207 @@
+//! What can go wrong, each with the file, tensor, shape, limit or device that it concerns.
+
+use std::path::PathBuf;
+
+/// The result of every fallible call of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Every failure of this crate. The library never panics on input, never prints and never exits:
+/// what a user has to know stands in one of these.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be opened, read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A file is there and readable, but is not what its name promises.
+    #[error("{}: {message}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A field of a JSON file is missing, of the wrong type or out of range.
+    #[error("{}: {field}: {message}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The field, as a dotted path.
+        field: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// The checkpoint asks for something that this version does not compute.
+    #[error("{}: {what} is not supported{}", path.display(), hint(supported))]
+    Unsupported {
+        /// The file that asks for it.
+        path: PathBuf,
+        /// What it asks for.
+        what: String,
+        /// What would be accepted; may be empty.
+        supported: String,
+    },
+    /// A tensor that the architecture needs is not in the checkpoint.
+    #[error("{}: tensor {tensor:?} is missing{}", path.display(), hint(note))]
+    MissingTensor {
+        /// The file, or the directory when there are several shards.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// What else may help; may be empty.
+        note: String,
+    },
+    /// A tensor has another shape than the configuration implies.
+    #[error("{}: tensor {tensor:?} has shape {found:?}, expected {expected:?}", path.display())]
+    TensorShape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// The shape in the file.
+        found: Vec<usize>,
+        /// The shape that the configuration implies.
+        expected: Vec<usize>,
+    },
+    /// A tensor is stored in a number format that cannot be used in its place.
+    #[error("{}: tensor {tensor:?} is stored as {found}, expected {expected}", path.display())]
+    TensorType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// The number format in the file.
+        found: String,
+        /// The formats that are accepted.
+        expected: String,
+    },
+    /// A tensor holds values that no trained model has, such as NaN.
+    #[error("{}: tensor {tensor:?}: {message}", path.display())]
+    TensorValue {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// What is wrong with the values.
+        message: String,
+    },
+    /// The tokens do not fit in the context.
+    #[error(
+        "{needed} tokens do not fit in a context of {limit} (the model's own limit is {model_limit})"
+    )]
+    ContextFull {
+        /// Tokens that the request would make.
+        needed: usize,
+        /// Tokens that the session was made for.
+        limit: usize,
+        /// Tokens that the model was trained for (`max_position_embeddings`).
+        model_limit: usize,
+    },
+    /// A token id is not in the model's vocabulary.
+    #[error("token id {token} is outside the vocabulary of {vocabulary} entries")]
+    TokenOutOfRange {
+        /// The token id.
+        token: u32,
+        /// Entries of the vocabulary.
+        vocabulary: usize,
+    },
+    /// There is nothing to continue: no token was given, and the session is empty.
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    /// A parameter is out of its range.
+    #[error("{name} = {value}: {allowed}")]
+    Parameter {
+        /// The parameter.
+        name: &'static str,
+        /// The value given.
+        value: String,
+        /// What is allowed.
+        allowed: String,
+    },
+    /// No adapter fits what was asked for.
+    #[error("no GPU fits {wanted:?}; {}", list_adapters(found))]
+    NoAdapter {
+        /// The device asked for.
+        wanted: String,
+        /// The adapters that are there, as they would be named.
+        found: Vec<String>,
+    },
+    /// A buffer does not fit in the device's memory.
+    #[error("{device}: out of memory: {what} needs {needed} bytes, {held} bytes are held already")]
+    DeviceMemory {
+        /// The device.
+        device: String,
+        /// What was being made.
+        what: String,
+        /// Its size in bytes.
+        needed: u64,
+        /// What this process holds on the device already, in bytes.
+        held: u64,
+    },
+    /// The device's limits are too small for this model.
+    #[error("{device}: {what} needs {needed}, the device's limit ({limit_name}) is {limit}")]
+    DeviceLimit {
+        /// The device.
+        device: String,
+        /// What was being made.
+        what: String,
+        /// What it needs.
+        needed: u64,
+        /// The limit's name in WebGPU's terms.
+        limit_name: &'static str,
+        /// The limit.
+        limit: u64,
+    },
+    /// The driver refused a call, or reported an error of its own.
+    #[error("{device}: {what}: {message}")]
+    Device {
+        /// The device.
+        device: String,
+        /// What was being done.
+        what: String,
+        /// What the driver said.
+        message: String,
+    },
+    /// The device went away: it was reset, unplugged, or its driver stopped.
+    #[error("{device}: the device was lost: {message}")]
+    DeviceLost {
+        /// The device.
+        device: String,
+        /// What the driver said.
+        message: String,
+    },
+    /// A result has NaN or infinity in it: a broken checkpoint or a broken driver.
+    #[error("{what} hold NaN or infinity: the checkpoint or the device's driver is broken")]
+    NotFinite {
+        /// What holds it.
+        what: String,
+    },
+    /// The caller asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+fn hint(text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!(" ({text})") }
+}
+
+fn list_adapters(found: &[String]) -> String {
+    if found.is_empty() {
+        "no adapter was found at all: is a Vulkan, Metal or DX12 driver installed?".to_owned()
+    } else {
+        format!("found: {}", found.join(", "))
+    }
+}
+
+impl Error {
+    /// An [`Error::Io`] for `path`, in the form that `map_err` takes.
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}
