@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod checkpoint;
 mod error;
+pub mod gpu;
 pub mod sampler;
 
 pub use error::{Error, Result};
