@@ -2,7 +2,9 @@
 
 pub mod backend;
 pub mod checkpoint;
+pub mod conformance;
 mod error;
+pub mod reference;
 pub mod sampler;
 
 pub use error::{Error, Result};
