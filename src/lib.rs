@@ -2,8 +2,10 @@
 
 pub mod backend;
 pub mod checkpoint;
+pub mod conformance;
 mod error;
 pub mod gpu;
+pub mod reference;
 pub mod sampler;
 
 pub use error::{Error, Result};
