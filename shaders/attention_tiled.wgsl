@@ -2,7 +2,7 @@
 // form one list of queries, query = token * group + head in group; a workgroup takes 32 of them
 // and walks over the keys, 32 at a time, with online softmax.
 //
-// One dispatch takes the keys from `from` to `to`; a long context takes several, between which the
+// One dispatch takes the keys from `start` to `stop`; a long context takes several, between which the
 // sums wait in `out` and the softmax's state in `states`. Workgroup memory holds 32 elements of
 // each head at a time. Grid: (ceil(T H / G / 32), G).
 
@@ -13,8 +13,8 @@ struct Params {
     out_stride: u32, // elements of a padded row of out
     tokens: u32,
     group: u32,      // query heads of a KV head
-    from: u32,       // first key of this dispatch, a multiple of 32
-    to: u32,         // the key after the last; the step's end in the last dispatch
+    start: u32,      // first key of this dispatch, a multiple of 32
+    stop: u32,       // the key after the last; the step's end in the last dispatch
     scale: f32,      // 1 / sqrt(D)
 }
 
@@ -100,7 +100,7 @@ fn main(
     let first_query = workgroup.x * 32u;
     let queries = params.tokens * params.group;
     let last_query = min(first_query + 31u, queries - 1u);
-    let end = min(params.to, params.position + last_query / params.group + 1u);
+    let end = min(params.stop, params.position + last_query / params.group + 1u);
 
     // This invocation's two queries; with the seven neighbours that share them it takes four keys
     // each, and four elements of each slice.
@@ -109,8 +109,8 @@ fn main(
     let query0 = first_query + tile_query;
     let query1 = query0 + 1u;
     // The keys that each query sees.
-    let visible0 = min(params.to, params.position + query0 / params.group + 1u);
-    let visible1 = min(params.to, params.position + query1 / params.group + 1u);
+    let visible0 = min(params.stop, params.position + query0 / params.group + 1u);
+    let visible1 = min(params.stop, params.position + query1 / params.group + 1u);
 
     var highest = vec2<f32>(LOWEST);
     var total = vec2<f32>();
@@ -121,7 +121,7 @@ fn main(
         sums[2u * slice + 1u] = vec4<f32>();
     }
     let state0 = kv_head * queries + query0;
-    if (params.from > 0u) {
+    if (params.start > 0u) {
         if (query0 < queries) {
             highest.x = states[state0].x;
             total.x = states[state0].y;
@@ -136,7 +136,7 @@ fn main(
         }
     }
 
-    for (var tile = params.from; tile < end; tile += 32u) {
+    for (var tile = params.start; tile < end; tile += 32u) {
         // Scores of this invocation's queries with keys 4 part to 4 part + 3 of the tile.
         var scores0 = vec4<f32>();
         var scores1 = vec4<f32>();
@@ -215,7 +215,7 @@ fn main(
         }
     }
 
-    let last = params.to == params.position + params.tokens;
+    let last = params.stop == params.position + params.tokens;
     if (!last && part == 0u) {
         if (query0 < queries) {
             states[state0] = vec2<f32>(highest.x, total.x);

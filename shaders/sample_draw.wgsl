@@ -47,7 +47,7 @@ fn draw() -> u32 {
             return i;
         }
     }
-    return left - 1u;
+    return max(left, 1u) - 1u;
 }
 
 @compute @workgroup_size(256)

@@ -64,8 +64,8 @@ struct TiledParams {
     out_stride: u32,
     tokens: u32,
     group: u32,
-    from: u32,
-    to: u32,
+    start: u32,
+    stop: u32,
     scale: f32,
 }
 
@@ -209,7 +209,7 @@ impl Stream {
         let shape = cache.shape;
         let group = shape.heads / shape.kv_heads;
         let keys = self.step.position + qkv.rows;
-        for from in (0..keys).step_by(TILED_KEYS) {
+        for start in (0..keys).step_by(TILED_KEYS) {
             let params = TiledParams {
                 position: self.step.position as u32,
                 context: cache.context as u32,
@@ -217,8 +217,8 @@ impl Stream {
                 out_stride: out.stride() as u32,
                 tokens: qkv.rows as u32,
                 group: group as u32,
-                from: from as u32,
-                to: (from + TILED_KEYS).min(keys) as u32,
+                start: start as u32,
+                stop: (start + TILED_KEYS).min(keys) as u32,
                 scale: scale(shape.head_dim),
             };
             let states = &self.attention.states;
