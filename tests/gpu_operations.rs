@@ -14,7 +14,8 @@ fn conforms(options: GpuOptions) {
     let mut count = 0;
     let mut failed = Vec::new();
     for operation in conformance::table::<Gpu>() {
-        let checks = (operation.run)(&gpu).unwrap_or_else(|error| panic!("{}: {error}", operation.name));
+        let checks =
+            (operation.run)(&gpu).unwrap_or_else(|error| panic!("{}: {error}", operation.name));
         count += checks.len();
         failed.extend(checks.iter().filter(|check| !check.pass).map(ToString::to_string));
     }
@@ -46,8 +47,8 @@ fn conforms_with_subgroups_alone() {
     conforms(GpuOptions { f16: false, ..any() });
 }
 
-/// A binding of 64 KiB cuts most matrices of the table into several.
+/// Blocks of 16 KiB cut most matrices of the table into several.
 #[test]
 fn conforms_with_matrices_in_pieces() {
-    conforms(GpuOptions { max_binding: Some(256 << 10), ..any() });
+    conforms(GpuOptions { max_matrix_block: Some(16 << 10), ..any() });
 }

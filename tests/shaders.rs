@@ -37,8 +37,7 @@ fn metal(module: &naga::Module, info: &ModuleInfo) -> Result<(), String> {
 }
 
 fn dx12(module: &naga::Module, info: &ModuleInfo) -> Result<(), String> {
-    let options =
-        hlsl::Options { shader_model: hlsl::ShaderModel::V6_2, ..Default::default() };
+    let options = hlsl::Options { shader_model: hlsl::ShaderModel::V6_2, ..Default::default() };
     let pipeline = hlsl::PipelineOptions::default();
     let mut text = String::new();
     let mut writer = hlsl::Writer::new(&mut text, &options, &pipeline);
@@ -81,9 +80,10 @@ fn workgroup_memory_and_size_stay_within_the_floor() {
         assert!(bytes <= 16384, "{}: {bytes} bytes of workgroup memory", source.name);
         let size: u32 = module.entry_points[0].workgroup_size.iter().product();
         assert!(size <= 256, "{}: {size} invocations", source.name);
-        let storage = module.global_variables.iter().filter(|(_, variable)| {
-            matches!(variable.space, naga::AddressSpace::Storage { .. })
-        });
+        let storage = module
+            .global_variables
+            .iter()
+            .filter(|(_, variable)| matches!(variable.space, naga::AddressSpace::Storage { .. }));
         assert!(storage.count() <= 8, "{}: too many storage buffers", source.name);
     }
 }

@@ -33,8 +33,9 @@ pub struct GpuOptions {
     /// Ask for WebGPU's default limits and no features, whatever the adapter offers: the floor that
     /// every WebGPU device must stand on.
     pub floor_limits: bool,
-    /// Makes no buffer larger than this many bytes, to see matrices cut into several. For tests.
-    pub max_binding: Option<u64>,
+    /// Cuts matrices into blocks of at most this many bytes, as on a device with smaller bindings.
+    /// For tests.
+    pub max_matrix_block: Option<u64>,
 }
 
 impl Default for GpuOptions {
@@ -44,7 +45,7 @@ impl Default for GpuOptions {
             f16: true,
             subgroups: true,
             floor_limits: false,
-            max_binding: None,
+            max_matrix_block: None,
         }
     }
 }
@@ -161,6 +162,8 @@ pub(super) struct Device {
     pub abilities: Abilities,
     /// Bytes of the largest storage binding and buffer, so that one binding covers a buffer.
     pub max_binding: u64,
+    /// Bytes of the largest block that a matrix is cut into.
+    pub max_matrix_block: u64,
     held: Arc<AtomicU64>,
     failure: Arc<Mutex<Option<Failure>>>,
     pipelines: Mutex<HashMap<Kernel, Arc<Pipeline>>>,
@@ -214,13 +217,16 @@ impl Device {
             driver: adapter.driver,
             features: names,
         };
-        let device_limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         Ok(Self {
             raw,
             queue,
             info,
             abilities,
-            max_binding: options.max_binding.map_or(device_limit, |max| max.min(device_limit)),
+            max_binding,
+            max_matrix_block: options
+                .max_matrix_block
+                .map_or(max_binding, |max| max.min(max_binding)),
             held: Arc::default(),
             failure,
             pipelines: Mutex::default(),
@@ -306,7 +312,8 @@ impl Device {
     /// Whatever wgpu reports while `f` runs becomes an error. The scopes belong to this thread.
     pub(super) fn scoped<T>(&self, f: impl FnOnce() -> T) -> Result<T, wgpu::Error> {
         use wgpu::ErrorFilter::{Internal, OutOfMemory, Validation};
-        let scopes = [Internal, OutOfMemory, Validation].map(|kind| self.raw.push_error_scope(kind));
+        let scopes =
+            [Internal, OutOfMemory, Validation].map(|kind| self.raw.push_error_scope(kind));
         let result = f();
         let mut first = None;
         for scope in scopes.into_iter().rev() {
@@ -321,10 +328,9 @@ impl Device {
         let mut slot = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
         match &*slot {
             None => Ok(()),
-            Some(Failure::Lost(message)) => Err(Error::DeviceLost {
-                device: self.info.name.clone(),
-                message: message.clone(),
-            }),
+            Some(Failure::Lost(message)) => {
+                Err(Error::DeviceLost { device: self.info.name.clone(), message: message.clone() })
+            }
             Some(Failure::Other(message)) => {
                 let error = self.fault("a command", message.clone());
                 // A lost device stays lost; another failure is reported once.

@@ -90,7 +90,8 @@ impl Linear {
         }
         let ternary = format == MatrixFormat::Ternary;
         if ternary && stack.len() > MAX_SEGMENTS {
-            let message = format!("{} ternary matrices; {MAX_SEGMENTS} can be stacked", stack.len());
+            let message =
+                format!("{} ternary matrices; {MAX_SEGMENTS} can be stacked", stack.len());
             return Err(device.fault(first.name(), message));
         }
         let stride = match format {
@@ -102,14 +103,14 @@ impl Linear {
             MatrixFormat::F16 | MatrixFormat::BF16 => stride * 2,
             MatrixFormat::Q8 | MatrixFormat::Ternary => stride,
         };
-        let fitting = (device.max_binding / row_bytes.max(1) as u64) as usize;
+        let fitting = (device.max_matrix_block / row_bytes.max(1) as u64) as usize;
         if fitting == 0 {
             return Err(Error::DeviceLimit {
                 device: device.info.name.clone(),
                 what: format!("a row of {}", first.name()),
                 needed: row_bytes as u64,
                 limit_name: "maxStorageBufferBindingSize",
-                limit: device.max_binding,
+                limit: device.max_matrix_block,
             });
         }
         let block_rows = fitting.min(MAX_BLOCK_ROWS);

@@ -26,11 +26,7 @@ fn bindings() -> Vec<(u32, Binding)> {
 pub(super) fn program(add: bool, abilities: Abilities) -> Program {
     Program {
         constants: vec![("WORKGROUP", 64), ("ACCUMULATE", add.into())],
-        parts: vec![
-            reduce(abilities),
-            wgsl!("common/ternary.wgsl"),
-            wgsl!("linear_ternary.wgsl"),
-        ],
+        parts: vec![reduce(abilities), wgsl!("common/ternary.wgsl"), wgsl!("linear_ternary.wgsl")],
         bindings: bindings(),
         f16: false,
     }

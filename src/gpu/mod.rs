@@ -172,7 +172,8 @@ impl Gpu {
 /// Copies rows of `tensor.width` values to padded rows.
 fn copy_rows<T: Copy>(values: &[T], rows: &mut [T], tensor: &Tensor) {
     let stride = padded(tensor.width).max(1);
-    for (row, values) in rows.chunks_exact_mut(stride).zip(values.chunks_exact(tensor.width.max(1))) {
+    for (row, values) in rows.chunks_exact_mut(stride).zip(values.chunks_exact(tensor.width.max(1)))
+    {
         row[..tensor.width].copy_from_slice(values);
     }
 }

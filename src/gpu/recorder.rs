@@ -216,11 +216,8 @@ impl Recorder {
         entries.extend(pipeline.bindings.iter().zip(buffers).map(|(&binding, buffer)| {
             wgpu::BindGroupEntry { binding, resource: buffer.raw().as_entire_binding() }
         }));
-        let descriptor = wgpu::BindGroupDescriptor {
-            label: None,
-            layout: &pipeline.layout,
-            entries: &entries,
-        };
+        let descriptor =
+            wgpu::BindGroupDescriptor { label: None, layout: &pipeline.layout, entries: &entries };
         let device = Arc::clone(&self.device);
         let bind_group = device
             .scoped(|| device.raw.create_bind_group(&descriptor))

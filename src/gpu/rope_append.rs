@@ -29,12 +29,7 @@ pub(super) fn program(cache: CacheFormat) -> Program {
 }
 
 impl Stream {
-    pub(super) fn rope_rows(
-        &mut self,
-        qkv: &Tensor,
-        rope: &Rope,
-        cache: &Cache,
-    ) -> Result<()> {
+    pub(super) fn rope_rows(&mut self, qkv: &Tensor, rope: &Rope, cache: &Cache) -> Result<()> {
         let shape = cache.shape;
         let widths = qkv.width == shape.qkv_width() && rope.head_dim == shape.head_dim;
         let inside = self.step.position + qkv.rows <= cache.context

@@ -133,8 +133,7 @@ impl Scratch {
         while blocks > 1 {
             let count = blocks * keep;
             blocks = count.div_ceil(BLOCK);
-            let params =
-                Params { count: count as u32, first: 0, penalty: 1.0, keep: keep as u32 };
+            let params = Params { count: count as u32, first: 0, penalty: 1.0, keep: keep as u32 };
             recorder.dispatch(kernel(false), &params, &[from, to], [blocks, 1, 1])?;
             (from, to) = (to, from);
         }

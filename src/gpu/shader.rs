@@ -36,21 +36,54 @@ pub(super) enum Binding {
 /// Every kernel, with what its code depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
-    Embed { table: MatrixFormat },
-    Norm { out: TensorFormat },
-    LinearTernary { add: bool },
+    Embed {
+        table: MatrixFormat,
+    },
+    Norm {
+        out: TensorFormat,
+    },
+    LinearTernary {
+        add: bool,
+    },
     /// `tokens`: a register block, an eighth of the tile.
-    LinearTernaryTiled { add: bool, tokens: u32 },
-    LinearFloat { weights: MatrixFormat, add: bool },
-    LinearFloatTiled { weights: MatrixFormat, add: bool },
-    RopeAppend { cache: CacheFormat },
-    Attention { cache: CacheFormat, head_dim: u32 },
-    AttentionMerge { head_dim: u32 },
-    AttentionTiled { cache: CacheFormat, head_dim: u32 },
-    Gate { activation: Activation, norm: bool, out: TensorFormat },
+    LinearTernaryTiled {
+        add: bool,
+        tokens: u32,
+    },
+    LinearFloat {
+        weights: MatrixFormat,
+        add: bool,
+    },
+    LinearFloatTiled {
+        weights: MatrixFormat,
+        add: bool,
+    },
+    RopeAppend {
+        cache: CacheFormat,
+    },
+    Attention {
+        cache: CacheFormat,
+        head_dim: u32,
+    },
+    AttentionMerge {
+        head_dim: u32,
+    },
+    AttentionTiled {
+        cache: CacheFormat,
+        head_dim: u32,
+    },
+    Gate {
+        activation: Activation,
+        norm: bool,
+        out: TensorFormat,
+    },
     /// `first`: whether the candidates are the logits themselves.
-    SampleBest { first: bool },
-    SampleTop { first: bool },
+    SampleBest {
+        first: bool,
+    },
+    SampleTop {
+        first: bool,
+    },
     SampleDraw,
 }
 
@@ -81,9 +114,7 @@ impl Kernel {
             Self::Embed { table } => embed::program(table, abilities),
             Self::Norm { out } => norm::program(out, abilities),
             Self::LinearTernary { add } => linear_ternary::program(add, abilities),
-            Self::LinearTernaryTiled { add, tokens } => {
-                linear_ternary::tiled_program(add, tokens)
-            }
+            Self::LinearTernaryTiled { add, tokens } => linear_ternary::tiled_program(add, tokens),
             Self::LinearFloat { weights, add } => linear_float::program(weights, add, abilities),
             Self::LinearFloatTiled { weights, add } => {
                 linear_float::tiled_program(weights, add, abilities)
@@ -102,8 +133,7 @@ impl Kernel {
     /// Every kernel; those that depend on the size of a head for several sizes.
     fn all() -> Vec<Self> {
         let tensors = [TensorFormat::F32, TensorFormat::Int8];
-        let floats =
-            [MatrixFormat::F32, MatrixFormat::F16, MatrixFormat::BF16, MatrixFormat::Q8];
+        let floats = [MatrixFormat::F32, MatrixFormat::F16, MatrixFormat::BF16, MatrixFormat::Q8];
         let caches = [CacheFormat::F32, CacheFormat::F16];
         let mut all = Vec::new();
         for weights in floats {
