@@ -73,6 +73,15 @@ fn head_constants(head_dim: u32) -> Vec<(&'static str, u32)> {
     vec![("HEAD_DIM", head_dim), ("DIM4", head_dim.div_ceil(4))]
 }
 
+/// The snippet that reads queries and writes results.
+fn heads(head_dim: u32) -> &'static str {
+    if head_dim.is_multiple_of(4) {
+        wgsl!("common/heads_vec4.wgsl")
+    } else {
+        wgsl!("common/heads_scalar.wgsl")
+    }
+}
+
 fn bindings() -> Vec<(u32, Binding)> {
     use Binding::{Read, Write};
     vec![(1, Read), (2, Read), (3, Read), (4, Write), (5, Write)]
@@ -83,7 +92,7 @@ pub(super) fn program(cache: CacheFormat, head_dim: u32, abilities: Abilities) -
     constants.push(("WORKGROUP", 128));
     Program {
         constants,
-        parts: vec![reduce(abilities), cache_read(cache), wgsl!("attention.wgsl")],
+        parts: vec![reduce(abilities), cache_read(cache), heads(head_dim), wgsl!("attention.wgsl")],
         bindings: bindings(),
         f16: false,
     }
@@ -92,8 +101,8 @@ pub(super) fn program(cache: CacheFormat, head_dim: u32, abilities: Abilities) -
 pub(super) fn merge_program(head_dim: u32) -> Program {
     Program {
         constants: head_constants(head_dim),
-        parts: vec![wgsl!("attention_merge.wgsl")],
-        bindings: vec![(1, Binding::Read), (2, Binding::Write)],
+        parts: vec![heads(head_dim), wgsl!("attention_merge.wgsl")],
+        bindings: vec![(4, Binding::Read), (5, Binding::Write)],
         f16: false,
     }
 }
@@ -101,7 +110,7 @@ pub(super) fn merge_program(head_dim: u32) -> Program {
 pub(super) fn tiled_program(cache: CacheFormat, head_dim: u32) -> Program {
     Program {
         constants: head_constants(head_dim),
-        parts: vec![cache_read(cache), wgsl!("attention_tiled.wgsl")],
+        parts: vec![cache_read(cache), heads(head_dim), wgsl!("attention_tiled.wgsl")],
         bindings: bindings(),
         f16: false,
     }
