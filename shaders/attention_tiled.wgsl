@@ -15,6 +15,7 @@ struct Params {
     group: u32,      // query heads of a KV head
     start: u32,      // first key of this dispatch, a multiple of 32
     stop: u32,       // the key after the last; the step's end in the last dispatch
+    vectors: u32,    // fours of elements in a slice: min(8, DIM4)
     scale: f32,      // 1 / sqrt(D)
 }
 
@@ -133,7 +134,10 @@ fn main(
                 kv_tile[at / 8u * STRIDE + at % 8u] = k;
             }
             workgroupBarrier();
-            for (var i = 0u; i < 8u; i++) {
+            // A bound that compilers do not know: unrolled, within slices that are unrolled as well,
+            // this would be thousands of instructions, which take long to compile and do not fit
+            // the caches of small GPUs. Where the last slice is shorter, it is padded with zeros.
+            for (var i = 0u; i < params.vectors; i++) {
                 let q0 = q_tile[tile_query * STRIDE + i];
                 let q1 = q_tile[(tile_query + 1u) * STRIDE + i];
                 let k0 = kv_tile[part * STRIDE + i];
@@ -160,6 +164,8 @@ fn main(
         score_tile[tile_query * STRIDE + part] = weigh(scores0, higher.x, key, visible0);
         score_tile[(tile_query + 1u) * STRIDE + part] = weigh(scores1, higher.y, key, visible1);
 
+        // Fours of keys in this tile.
+        let fours = (min(32u, end - tile) + 3u) / 4u;
         for (var slice = 0u; slice < SLICES; slice++) {
             workgroupBarrier();
             for (var at = lane; at < 256u; at += 128u) {
@@ -174,7 +180,7 @@ fn main(
             workgroupBarrier();
             var sum0 = sums[2u * slice] * shrink.x;
             var sum1 = sums[2u * slice + 1u] * shrink.y;
-            for (var i = 0u; i < 8u; i++) {
+            for (var i = 0u; i < fours; i++) {
                 let w0 = score_tile[tile_query * STRIDE + i];
                 let w1 = score_tile[(tile_query + 1u) * STRIDE + i];
                 let v0 = kv_tile[(4u * i) * STRIDE + part];

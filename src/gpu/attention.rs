@@ -66,6 +66,7 @@ struct TiledParams {
     group: u32,
     start: u32,
     stop: u32,
+    vectors: u32,
     scale: f32,
 }
 
@@ -228,6 +229,7 @@ impl Stream {
                 group: group as u32,
                 start: start as u32,
                 stop: (start + TILED_KEYS).min(keys) as u32,
+                vectors: shape.head_dim.div_ceil(4).min(8) as u32,
                 scale: scale(shape.head_dim),
             };
             let states = &self.attention.states;
