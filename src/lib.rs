@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod checkpoint;
+pub mod conformance;
 pub mod cpu;
 mod error;
 pub mod gpu;

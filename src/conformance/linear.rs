@@ -1,0 +1,257 @@
+//! Cases of `embed`, `linear_ternary` and `linear_float`.
+
+use half::{bf16, f16};
+
+use super::{Check, FLUSHED, Inputs, U, compare, step};
+use crate::backend::{Backend, Operations, TensorFormat};
+use crate::checkpoint::{FloatType, MatrixSource};
+use crate::error::Result;
+use crate::reference::Reference;
+
+/// Tokens of a step: about where a backend may switch from matrix-vector to matrix-matrix kernels.
+const ROWS: [usize; 6] = [1, 2, 3, 5, 17, 33];
+
+/// Float weight formats: how the file stores them, and whether they become Q8.
+const FLOATS: [(&str, FloatType, bool); 4] = [
+    ("f32", FloatType::F32, false),
+    ("f16", FloatType::F16, false),
+    ("bf16", FloatType::BF16, false),
+    ("q8", FloatType::F32, true),
+];
+
+/// A float matrix with weights in [-1, 1) and each fifth row all zeros.
+fn float_matrix(
+    inputs: &mut Inputs,
+    rows: usize,
+    cols: usize,
+    (_, stored, q8): (&str, FloatType, bool),
+) -> MatrixSource {
+    let mut data = Vec::with_capacity(rows * cols * stored.bytes());
+    for row in 0..rows {
+        for w in inputs.floats(cols, if row % 5 == 4 { 0.0 } else { 1.0 }) {
+            match stored {
+                FloatType::F32 => data.extend(w.to_le_bytes()),
+                // Nothing below the smallest normal f16: WGSL may flush it.
+                FloatType::F16 if w.abs() < 1e-4 => data.extend([0; 2]),
+                FloatType::F16 => data.extend(f16::from_f32(w).to_le_bytes()),
+                FloatType::BF16 => data.extend(bf16::from_f32(w).to_le_bytes()),
+            }
+        }
+    }
+    let source = MatrixSource::float("conformance", rows, cols, stored, data.into());
+    if q8 { source.into_q8() } else { source }
+}
+
+/// A packed ternary matrix: bytes of four random trits, fields of missing rows hold 1.
+fn packed_matrix(inputs: &mut Inputs, rows: usize, cols: usize, scale: f32) -> MatrixSource {
+    packed(rows, cols, scale, || inputs.below(3) as u8)
+}
+
+fn packed(rows: usize, cols: usize, scale: f32, mut code: impl FnMut() -> u8) -> MatrixSource {
+    let quarter = rows.div_ceil(4);
+    let mut data = vec![0; quarter * cols];
+    for (i, byte) in data.iter_mut().enumerate() {
+        for field in 0..4 {
+            let exists = i / cols + field * quarter < rows;
+            *byte |= if exists { code() } else { 1 } << (2 * field);
+        }
+    }
+    MatrixSource::packed("conformance", rows, cols, data.into(), scale)
+}
+
+/// A ternary matrix from float master weights.
+fn master_matrix(inputs: &mut Inputs, rows: usize, cols: usize) -> MatrixSource {
+    let data: Vec<u8> =
+        inputs.floats(rows * cols, 0.1).iter().flat_map(|w| w.to_le_bytes()).collect();
+    MatrixSource::master("conformance", rows, cols, FloatType::F32, data.into())
+}
+
+/// What is multiplied with a matrix.
+#[derive(Clone, Copy)]
+enum Activations<'a> {
+    F32(&'a [f32]),
+    Int8(&'a [i8], &'a [f32]),
+}
+
+/// `x W^T` or, where `onto` is given, `onto + x W^T`.
+fn product<B: Backend>(
+    backend: &B,
+    weight: &B::Linear,
+    (rows, width, height): (usize, usize, usize),
+    x: Activations<'_>,
+    onto: Option<&[f32]>,
+) -> Result<Vec<f32>> {
+    // One more than the live rows: a kernel that trusts the capacity is found out.
+    let mut input;
+    match x {
+        Activations::F32(values) => {
+            input = backend.tensor(rows + 1, width, TensorFormat::F32)?;
+            backend.write(&mut input, values)?;
+        }
+        Activations::Int8(values, scales) => {
+            input = backend.tensor(rows + 1, width, TensorFormat::Int8)?;
+            backend.write_int8(&mut input, values, scales)?;
+        }
+    }
+    let mut out = backend.tensor(rows + 1, height, TensorFormat::F32)?;
+    // What stands in the output before must not matter.
+    let garbage = vec![1e30; rows * height];
+    backend.write(&mut out, onto.unwrap_or(&garbage))?;
+    let mut stream = step(backend, rows, 32)?;
+    match onto {
+        Some(_) => stream.linear_add(&input, weight, &mut out)?,
+        None => stream.linear(&input, weight, &mut out)?,
+    }
+    stream.submit()?;
+    stream.read(&out)
+}
+
+/// Rows of a table are copied exactly, whatever the format: an `i8` times an `f16` fits an `f32`.
+pub(super) fn embed<B: Backend>(backend: &B) -> Result<Vec<Check>> {
+    fn rows<B: Backend>(backend: &B, table: &MatrixSource, tokens: &[u32]) -> Result<Vec<f32>> {
+        let weight = backend.linear(std::slice::from_ref(table))?;
+        let mut out = backend.tensor(tokens.len() + 1, table.cols(), TensorFormat::F32)?;
+        let mut stream = step(backend, tokens.len(), table.rows())?;
+        stream.begin(tokens, 0)?;
+        stream.embed(&weight, &mut out)?;
+        stream.submit()?;
+        stream.read(&out)
+    }
+    let mut checks = Vec::new();
+    let mut inputs = Inputs::new(1);
+    for format in FLOATS {
+        for (vocabulary, hidden, count) in [(1, 1, 1), (7, 31, 3), (33, 100, 17), (300, 260, 33)] {
+            let table = float_matrix(&mut inputs, vocabulary, hidden, format);
+            let mut tokens: Vec<u32> =
+                (0..count).map(|_| inputs.below(vocabulary) as u32).collect();
+            tokens[0] = vocabulary as u32 - 1;
+            let got = rows(backend, &table, &tokens)?;
+            let want = rows(&Reference::new(), &table, &tokens)?;
+            let case = format!("{} [{vocabulary}, {hidden}], {count} tokens", format.0);
+            checks.push(compare("embed", case, &got, &want, |_| 0.0));
+        }
+    }
+    Ok(checks)
+}
+
+/// A dot product of `n` terms is within `(n + 4) u sum |x| |w|`: Q8 may scale each term or each
+/// block, one or two roundings more, and the residual is one more.
+pub(super) fn linear_float<B: Backend>(backend: &B) -> Result<Vec<Check>> {
+    let shapes: [(&[usize], usize); 9] = [
+        (&[1], 1),
+        (&[5], 3),
+        (&[7], 31),
+        (&[16], 64),
+        (&[33], 100),
+        (&[40, 8, 8], 96),
+        (&[3, 1, 2], 33),
+        (&[130], 520),
+        (&[65, 65], 160),
+    ];
+    let mut checks = Vec::new();
+    let mut inputs = Inputs::new(2);
+    for format in FLOATS {
+        for (heights, width) in shapes {
+            let stack: Vec<MatrixSource> =
+                heights.iter().map(|&h| float_matrix(&mut inputs, h, width, format)).collect();
+            let weight = backend.linear(&stack)?;
+            let reference = Reference::new().linear(&stack)?;
+            let height = reference.rows();
+            let weights: Vec<Vec<f32>> = (0..height).map(|row| reference.row(row)).collect();
+            for (i, rows) in ROWS.into_iter().enumerate() {
+                let x = inputs.rows(rows, width);
+                let residual = inputs.floats(rows * height, 1.0);
+                let onto = (i % 2 == 1).then_some(&residual[..]);
+                let shape = (rows, width, height);
+                let x_in = Activations::F32(&x);
+                let got = product(backend, &weight, shape, x_in, onto)?;
+                let want = product(&Reference::new(), &reference, shape, x_in, onto)?;
+                let tolerance = |i: usize| {
+                    let x = &x[i / height * width..][..width];
+                    let products = x.iter().zip(&weights[i % height]);
+                    let sum: f64 = products.map(|(&x, &w)| f64::from(x * w).abs()).sum();
+                    let residual = onto.map_or(0.0, |onto| f64::from(onto[i]).abs());
+                    (width as f64 + 4.0) * (U * sum + FLUSHED) + 2.0 * U * residual
+                };
+                let add = if onto.is_some() { ", added" } else { "" };
+                let case = format!("{} {heights:?} x {width}, {rows} rows{add}", format.0);
+                checks.push(compare("linear_float", case, &got, &want, tolerance));
+            }
+        }
+    }
+    Ok(checks)
+}
+
+/// Integer sums are exact, an `f32` holds them, and the two multiplications that follow are
+/// rounded alike everywhere: bit-equal. Only where a sum with the residual follows, which a
+/// compiler may fuse with the multiplication, is one rounding of each granted; with scales of 1
+/// it is exact again.
+pub(super) fn linear_ternary<B: Backend>(backend: &B) -> Result<Vec<Check>> {
+    let mut inputs = Inputs::new(3);
+    let mut stacks: Vec<(String, Vec<MatrixSource>)> = Vec::new();
+    let unit: [(&[usize], usize); 8] = [
+        (&[1], 1),
+        (&[4], 3),
+        (&[8], 31),
+        (&[12], 64),
+        (&[20], 100),
+        (&[40, 8, 8], 96),
+        (&[68], 260),
+        (&[64, 64], 640),
+    ];
+    for (heights, width) in unit {
+        let stack = heights.iter().map(|&h| packed_matrix(&mut inputs, h, width, 1.0)).collect();
+        stacks.push((format!("packed {heights:?} x {width}"), stack));
+    }
+    let stack = [(64, 0.37), (16, 1.9e-3), (20, 2.3)];
+    let stack = stack.map(|(h, scale)| packed_matrix(&mut inputs, h, 192, scale)).to_vec();
+    stacks.push(("packed with scales [64, 16, 20] x 192".into(), stack));
+    let heights: [(&[usize], usize); 6] =
+        [(&[1], 65), (&[2], 7), (&[3], 64), (&[7], 130), (&[66], 48), (&[5, 1, 3], 128)];
+    for (heights, width) in heights {
+        let stack = heights.iter().map(|&h| master_matrix(&mut inputs, h, width)).collect();
+        stacks.push((format!("master {heights:?} x {width}"), stack));
+    }
+    // The largest sums: whoever adds in 16 bits overflows here.
+    let ones = |code: u8| packed(9, 6912, 1.0, move || code);
+    stacks.push(("all +1 [9] x 6912".into(), vec![ones(2)]));
+    stacks.push(("all -1 [9] x 6912".into(), vec![ones(0)]));
+
+    let mut checks = Vec::new();
+    for (name, stack) in &stacks {
+        let weight = backend.linear(stack)?;
+        let reference = Reference::new().linear(stack)?;
+        let (width, height) = (reference.cols(), reference.rows());
+        for (i, rows) in ROWS.into_iter().enumerate() {
+            let unit_scales = stack.iter().all(|part| part.scale() == 1.0);
+            let mut x: Vec<i8> =
+                (0..rows * width).map(|_| (inputs.below(256) as i32 - 128) as i8).collect();
+            // Row 0 is the largest activation throughout, row 1 the smallest, row 2 zero.
+            for (row, value) in [127, -128, 0].into_iter().enumerate().take(rows) {
+                x[row * width..][..width].fill(value);
+            }
+            let scales: Vec<f32> = (0..rows)
+                .map(|_| if unit_scales { 1.0 } else { inputs.unit().abs() + 1e-3 })
+                .collect();
+            let x_in = Activations::Int8(&x, &scales);
+            let residual: Vec<f32> = (0..rows * height)
+                .map(|_| if unit_scales { inputs.below(200) as f32 } else { inputs.unit() })
+                .collect();
+            let onto = (i % 2 == 1).then_some(&residual[..]);
+            let shape = (rows, width, height);
+            let got = product(backend, &weight, shape, x_in, onto)?;
+            let want = product(&Reference::new(), &reference, shape, x_in, onto)?;
+            let tolerance = |i: usize| match onto {
+                Some(onto) if !unit_scales => {
+                    let (sum, residual) = (f64::from(want[i]), f64::from(onto[i]));
+                    2.0 * U * (sum.abs() + residual.abs())
+                }
+                _ => 0.0,
+            };
+            let add = if onto.is_some() { ", added" } else { "" };
+            let case = format!("{name}, {rows} rows{add}");
+            checks.push(compare("linear_ternary", case, &got, &want, tolerance));
+        }
+    }
+    Ok(checks)
+}

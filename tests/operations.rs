@@ -1,0 +1,27 @@
+//! Walks the table of operations: every backend must agree with the reference on all of it.
+
+use deltallm::backend::Backend;
+use deltallm::conformance;
+use deltallm::reference::Reference;
+
+/// Runs the table and lists all that does not pass.
+fn conforms<B: Backend>(backend: &B) {
+    let checks = conformance::run(backend).expect("the backend runs");
+    let failed: Vec<String> =
+        checks.iter().filter(|check| !check.pass).map(ToString::to_string).collect();
+    let device = backend.device();
+    assert!(
+        failed.is_empty(),
+        "{} ({}): {} of {} checks failed:\n{}",
+        device.name,
+        device.driver,
+        failed.len(),
+        checks.len(),
+        failed.join("\n")
+    );
+}
+
+#[test]
+fn the_reference_conforms() {
+    conforms(&Reference::new());
+}
