@@ -66,7 +66,10 @@ mod tests {
     #[test]
     fn text_passes_where_nothing_stops_it() {
         assert_eq!(run(&[], &["ab", "c"]).0.concat(), "abc");
-        assert_eq!(run(&["xyz"], &["ax", "yb", "xy"]), (["a", "xyb", "", "xy"].map(String::from).to_vec(), None));
+        assert_eq!(
+            run(&["xyz"], &["ax", "yb", "xy"]),
+            (["a", "xyb", "", "xy"].map(String::from).to_vec(), None)
+        );
     }
 
     #[test]

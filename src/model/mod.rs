@@ -92,7 +92,9 @@ impl Model {
         let weights = options.weights;
         let mut fallback = None;
         let engine: Arc<dyn Engine> = match device::open(options)? {
-            device::Opened::Reference => load(Reference::new(), &checkpoint, weights, &mut progress)?,
+            device::Opened::Reference => {
+                load(Reference::new(), &checkpoint, weights, &mut progress)?
+            }
             device::Opened::Cpu(cpu, reason) => {
                 fallback = reason;
                 load(cpu, &checkpoint, weights, &mut progress)?

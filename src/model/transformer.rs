@@ -222,8 +222,7 @@ impl<B: Backend> super::Engine for Transformer<B> {
             .map(|_| self.backend.cache(attention, shape.context, shape.cache))
             .collect::<Result<Vec<_>>>()?;
         let head_dim = attention.head_dim;
-        let rope =
-            self.backend.rope(&self.config.rope.table(shape.context, head_dim), head_dim)?;
+        let rope = self.backend.rope(&self.config.rope.table(shape.context, head_dim), head_dim)?;
         Ok(Box::new(Run { model: self, stream, activations, caches, rope, length: 0, shape }))
     }
 }
@@ -378,4 +377,3 @@ impl<B: Backend> Loader<'_, B> {
         }
     }
 }
-

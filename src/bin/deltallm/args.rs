@@ -94,7 +94,9 @@ impl ModelArgs {
             Some(dir) => (dir.clone(), None),
             None => {
                 let made_up = make_up()?;
-                eprintln!("no --model: running a tiny model with random weights; its text is noise");
+                eprintln!(
+                    "no --model: running a tiny model with random weights; its text is noise"
+                );
                 (made_up.path().to_owned(), Some(made_up))
             }
         };

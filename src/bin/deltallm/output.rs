@@ -75,7 +75,8 @@ pub fn stop_on_interrupt(cancel: Cancel) {
 /// A progress bar for loading a model, on a terminal only.
 pub fn load_bar(cancel: &Cancel) -> impl FnMut(LoadProgress) -> ControlFlow<()> {
     let bar = ProgressBar::with_draw_target(None, bar_target());
-    let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec}");
+    let style =
+        ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec}");
     if let Ok(style) = style {
         bar.set_style(style);
     }
