@@ -321,6 +321,11 @@ fn bitnet(quantization: &Object) -> Result<Ternary> {
     if quantization.flag("use_rms_norm")? == Some(true) {
         return Err(quantization.unsupported("use_rms_norm = true", "false is"));
     }
+    let kept = quantization.get("modules_to_not_convert").and_then(|list| list.as_array());
+    if let Some(module) = kept.into_iter().flatten().find(|module| *module != "lm_head") {
+        let what = format!("modules_to_not_convert with {module}");
+        return Err(quantization.unsupported(what, "only \"lm_head\" is"));
+    }
     match (text("quantization_mode", "offline")?, text("linear_class", "bitlinear")?) {
         ("online", _) => Ok(Ternary::Master),
         ("offline", "autobitlinear") => Ok(Ternary::PackedMultiply),

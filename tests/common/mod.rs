@@ -39,10 +39,9 @@ pub fn devices() -> Vec<(&'static str, ModelOptions)> {
 
 /// The adapter that tests run on: a hardware GPU where there is one, else a software one.
 pub fn test_adapter() -> String {
-    let adapters = deltallm::gpu::adapters();
-    let hardware = adapters.iter().find(|adapter| adapter.is_hardware());
-    match hardware.or(adapters.first()) {
-        Some(adapter) => adapter.info.name.clone(),
+    // Hardware comes first in the list.
+    match deltallm::gpu::adapters().first() {
+        Some(adapter) => adapter.name.clone(),
         None => panic!(
             "no GPU adapter, not even a software one: install one (Debian, Ubuntu: \
              mesa-vulkan-drivers) or run tests/run.sh, which does"
