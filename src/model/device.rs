@@ -53,7 +53,7 @@ impl fmt::Display for DeviceChoice {
 
 /// A device that is ready to be loaded.
 pub(super) enum Opened {
-    Gpu(crate::reference::Reference),
+    Gpu(Gpu),
     /// With the reason, where the CPU was not asked for.
     Cpu(crate::reference::Reference, Option<String>),
     Reference,

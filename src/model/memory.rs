@@ -13,17 +13,19 @@ pub struct MemoryUse {
     pub cache: u64,
     /// Intermediate results of a step, and tables.
     pub activations: u64,
+    /// What the device's operations need beside their inputs and outputs.
+    pub scratch: u64,
 }
 
 impl MemoryUse {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.weights + self.cache + self.activations
+        self.weights + self.cache + self.activations + self.scratch
     }
 }
 
-/// What a model needs on a device for `context` tokens, without padding, which differs between
-/// backends by a few per cent.
+/// What a model needs on a device for `context` tokens, without padding and scratch memory, which
+/// differ between backends: a few per cent, and some megabytes.
 pub fn plan_memory(
     config: &ModelConfig,
     stored_bytes_per_float: usize,
@@ -56,5 +58,6 @@ pub fn plan_memory(
             as u64,
         activations: (shape.chunk * row + shape.logit_rows * 4 * (hidden + vocabulary) + rope)
             as u64,
+        scratch: 0,
     }
 }

@@ -259,6 +259,7 @@ impl<B: Backend> Decoder for Run<B> {
             weights: self.model.weight_bytes(),
             cache: self.caches.iter().map(Footprint::bytes).sum(),
             activations: tensors.iter().map(|t| t.bytes()).sum::<u64>() + self.rope.bytes(),
+            scratch: self.stream.bytes(),
         }
     }
 }

@@ -145,6 +145,7 @@ pub fn run(args: &Args) -> Outcome {
                 "weights": memory.weights,
                 "cache": memory.cache,
                 "activations": memory.activations,
+                "scratch": memory.scratch,
             },
         });
         writeln!(out, "{object}")?;
@@ -239,11 +240,12 @@ fn report(
         timings.decode_rate().map_or_else(|| "no rate".to_owned(), rate)
     );
     eprintln!(
-        "memory    {}: weights {}, cache {} for {context} tokens, activations {}",
+        "memory    {}: weights {}, cache {} for {context} tokens, activations {}, scratch {}",
         bytes(memory.total()),
         bytes(memory.weights),
         bytes(memory.cache),
-        bytes(memory.activations)
+        bytes(memory.activations),
+        bytes(memory.scratch)
     );
     eprintln!("finished  {}", finish.name());
 }
