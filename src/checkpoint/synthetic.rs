@@ -270,7 +270,7 @@ impl View for RandomTensor {
                     let digit = |place: usize| (n / 3usize.pow(place as u32) % 3) as u8;
                     digit(0) | digit(1) << 2 | digit(2) << 4 | digit(3) << 6
                 });
-                out.extend((0..self.elements()).map(|_| packed[bits.next() as usize * 81 >> 16]));
+                out.extend((0..self.elements()).map(|_| packed[(usize::from(bits.next()) * 81) >> 16]));
             }
             Content::Constant(float, value) => {
                 (0..self.elements()).for_each(|_| push_float(&mut out, float, value));
