@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod checkpoint;
 pub mod conformance;
+pub mod cpu;
 mod error;
 pub mod reference;
 pub mod sampler;
