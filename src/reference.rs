@@ -270,6 +270,12 @@ pub struct Stream {
     sampled: Option<u32>,
 }
 
+impl Footprint for Stream {
+    fn bytes(&self) -> u64 {
+        4 * self.tokens.len() as u64
+    }
+}
+
 impl Backend for Reference {
     type Linear = Linear;
     type Norm = Norm;

@@ -98,8 +98,8 @@ impl FloatType {
 /// How the matrix lies in the file and what becomes of it.
 #[derive(Clone, Debug)]
 enum Storage {
-    /// Floats that keep their format, or become Q8.
-    Float { stored: FloatType, data: Bytes, q8: bool },
+    /// Floats that keep their format, or become F32 or Q8.
+    Float { stored: FloatType, data: Bytes, target: MatrixFormat },
     /// Packed trits, `[ceil(rows / 4), cols]` bytes.
     Packed { data: Bytes, scale: f32 },
     /// Float master weights that are rounded to trits while they are read.
@@ -144,8 +144,8 @@ impl MatrixSource {
     ) -> Self {
         let name = name.into();
         assert_eq!(data.len(), rows * cols * stored.bytes(), "{name}: length");
-        let q8 = false;
-        let storage = Storage::Float { stored, data, q8 };
+        let target = stored.matrix_format();
+        let storage = Storage::Float { stored, data, target };
         Self { name, rows, cols, storage }
     }
 
@@ -190,9 +190,20 @@ impl MatrixSource {
 
     /// The same matrix in 8 bits; ternary matrices stay as they are.
     #[must_use]
-    pub fn into_q8(mut self) -> Self {
-        if let Storage::Float { q8, .. } = &mut self.storage {
-            *q8 = true;
+    pub fn into_q8(self) -> Self {
+        self.into_format(MatrixFormat::Q8)
+    }
+
+    /// The same matrix in 32-bit floats, which hold every other float format exactly; ternary
+    /// matrices stay as they are.
+    #[must_use]
+    pub fn into_f32(self) -> Self {
+        self.into_format(MatrixFormat::F32)
+    }
+
+    fn into_format(mut self, format: MatrixFormat) -> Self {
+        if let Storage::Float { target, .. } = &mut self.storage {
+            *target = format;
         }
         self
     }
@@ -215,8 +226,7 @@ impl MatrixSource {
     /// The format that [`MatrixSource::encode`] writes.
     pub fn format(&self) -> MatrixFormat {
         match &self.storage {
-            Storage::Float { q8: true, .. } => MatrixFormat::Q8,
-            Storage::Float { stored, .. } => stored.matrix_format(),
+            Storage::Float { target, .. } => *target,
             Storage::Packed { .. } | Storage::Master { .. } => MatrixFormat::Ternary,
         }
     }
@@ -258,10 +268,11 @@ impl MatrixSource {
     /// that a CPU can compute on the map itself.
     pub fn borrow(&self) -> Option<Bytes> {
         match &self.storage {
-            Storage::Float { data, q8: false, .. } | Storage::Packed { data, .. } => {
+            Storage::Float { stored, data, target } if stored.matrix_format() == *target => {
                 Some(data.clone())
             }
-            Storage::Float { q8: true, .. } | Storage::Master { .. } => None,
+            Storage::Packed { data, .. } => Some(data.clone()),
+            Storage::Float { .. } | Storage::Master { .. } => None,
         }
     }
 
@@ -284,21 +295,23 @@ impl MatrixSource {
         assert!(range.end <= self.storage_rows(), "{}: rows {range:?}", self.name);
         assert!(stride >= self.row_bytes(), "{}: stride {stride}", self.name);
         match &self.storage {
-            Storage::Float { data, q8: false, .. } | Storage::Packed { data, .. } => {
-                let row_bytes = self.row_bytes();
-                for row in range {
-                    values.extend_from_slice(&data[row * row_bytes..][..row_bytes]);
-                    values.resize(values.len() + stride - row_bytes, 0);
-                }
+            Storage::Packed { data, .. } => self.copy_rows(data, range, stride, values),
+            Storage::Float { stored, data, target } if stored.matrix_format() == *target => {
+                self.copy_rows(data, range, stride, values);
             }
-            Storage::Float { stored, data, q8: true } => {
+            Storage::Float { stored, data, target } => {
                 let mut floats = vec![0.0; self.cols];
                 for row in range {
+                    let start = values.len();
                     self.decode_row(*stored, data, row, &mut floats);
-                    quantize_q8(&floats, values, scales);
-                    values.resize(values.len() + stride - self.cols, 0);
-                    let padding = scale_stride - self.row_scales();
-                    scales.resize(scales.len() + padding, f16::ZERO);
+                    if *target == MatrixFormat::Q8 {
+                        quantize_q8(&floats, values, scales);
+                        let padding = scale_stride - self.row_scales();
+                        scales.resize(scales.len() + padding, f16::ZERO);
+                    } else {
+                        values.extend(floats.iter().flat_map(|w| w.to_le_bytes()));
+                    }
+                    values.resize(start + stride, 0);
                 }
             }
             Storage::Master { stored, data, scale } => {
@@ -325,6 +338,14 @@ impl MatrixSource {
                     }
                 }
             }
+        }
+    }
+
+    fn copy_rows(&self, data: &[u8], range: Range<usize>, stride: usize, values: &mut Vec<u8>) {
+        let row_bytes = self.row_bytes();
+        for row in range {
+            values.extend_from_slice(&data[row * row_bytes..][..row_bytes]);
+            values.resize(values.len() + stride - row_bytes, 0);
         }
     }
 

@@ -1,0 +1,13 @@
+// Reads cached keys and values in f32, four elements at a time.
+// Index: (kv head * context + position) * DIM4 + element / 4.
+
+@group(0) @binding(2) var<storage, read> keys: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> values: array<vec4<f32>>;
+
+fn key4(at: u32) -> vec4<f32> {
+    return keys[at];
+}
+
+fn value4(at: u32) -> vec4<f32> {
+    return values[at];
+}

@@ -1,0 +1,13 @@
+// Writes keys and values in f32, two elements at a time.
+// Index: ((kv head * context + position) * padded head + element) / 2.
+
+@group(0) @binding(3) var<storage, read_write> keys: array<vec2<f32>>;
+@group(0) @binding(4) var<storage, read_write> values: array<vec2<f32>>;
+
+fn store_key2(at: u32, pair: vec2<f32>) {
+    keys[at] = pair;
+}
+
+fn store_value2(at: u32, pair: vec2<f32>) {
+    values[at] = pair;
+}

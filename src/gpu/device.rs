@@ -1,0 +1,391 @@
+//! Which adapters there are, how one is chosen and opened, and how its failures become errors.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::buffer::Buffer;
+use super::pipeline::Pipeline;
+use super::shader::{Abilities, Kernel};
+use crate::backend::{DeviceInfo, DeviceKind};
+use crate::error::{Error, Result};
+
+/// Which adapter to take.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Select {
+    /// The fastest GPU; never a software renderer, which would be slower than the CPU backend.
+    #[default]
+    Hardware,
+    /// The first adapter whose name holds this text, in any case; a GPU before a software renderer.
+    /// The empty text is in every name.
+    Named(String),
+}
+
+/// How to open a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuOptions {
+    /// Which adapter to take.
+    pub select: Select,
+    /// Load f16 weights natively where the adapter can (WebGPU's `shader-f16`).
+    pub f16: bool,
+    /// Reduce by subgroup operations where the adapter can.
+    pub subgroups: bool,
+    /// Ask for WebGPU's default limits and no features, whatever the adapter offers: the floor that
+    /// every WebGPU device must stand on.
+    pub floor_limits: bool,
+    /// Cuts matrices into blocks of at most this many bytes, as on a device with smaller bindings.
+    /// For tests.
+    pub max_matrix_block: Option<u64>,
+}
+
+impl Default for GpuOptions {
+    fn default() -> Self {
+        Self {
+            select: Select::Hardware,
+            f16: true,
+            subgroups: true,
+            floor_limits: false,
+            max_matrix_block: None,
+        }
+    }
+}
+
+/// A GPU, or a software renderer, that this machine has.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// The adapter's name, such as `llvmpipe (LLVM 15.0.6, 256 bits)`.
+    pub name: String,
+    /// What kind of processor it is.
+    pub kind: DeviceKind,
+    /// The interface it is reached by: `vulkan`, `metal` or `dx12`.
+    pub backend: String,
+    /// The driver and its version.
+    pub driver: String,
+    /// Whether shaders can compute with f16.
+    pub f16: bool,
+    /// The smallest and largest subgroup, in invocations, where shaders can use them.
+    pub subgroups: Option<(u32, u32)>,
+    /// Bytes of the largest buffer.
+    pub max_buffer: u64,
+    /// Bytes of the largest storage binding: a larger matrix is cut by rows.
+    pub max_binding: u64,
+    /// Bytes of memory that a workgroup shares.
+    pub workgroup_memory: u32,
+    raw: wgpu::Adapter,
+}
+
+impl Adapter {
+    fn new(raw: wgpu::Adapter) -> Self {
+        let info = raw.get_info();
+        let (features, limits) = (raw.features(), raw.limits());
+        let kind = match info.device_type {
+            wgpu::DeviceType::IntegratedGpu => DeviceKind::IntegratedGpu,
+            wgpu::DeviceType::DiscreteGpu => DeviceKind::DiscreteGpu,
+            wgpu::DeviceType::VirtualGpu => DeviceKind::VirtualGpu,
+            wgpu::DeviceType::Cpu => DeviceKind::SoftwareGpu,
+            wgpu::DeviceType::Other => DeviceKind::OtherGpu,
+        };
+        let driver = [info.driver, info.driver_info].join(" ").trim().to_owned();
+        let subgroups = features
+            .contains(wgpu::Features::SUBGROUP)
+            .then_some((info.subgroup_min_size, info.subgroup_max_size));
+        Self {
+            name: info.name,
+            kind,
+            backend: info.backend.to_str().to_owned(),
+            driver,
+            f16: features.contains(wgpu::Features::SHADER_F16),
+            subgroups,
+            max_buffer: limits.max_buffer_size,
+            max_binding: limits.max_storage_buffer_binding_size,
+            workgroup_memory: limits.max_compute_workgroup_storage_size,
+            raw,
+        }
+    }
+}
+
+/// The adapters of this machine, the fastest kind first.
+pub fn adapters() -> Vec<Adapter> {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::PRIMARY;
+    // A debug build would switch on validation layers where some are installed, which may be older
+    // than what the shader compiler writes; wgpu validates every call itself.
+    descriptor.flags = wgpu::InstanceFlags::empty();
+    let instance = wgpu::Instance::new(descriptor);
+    let found = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::PRIMARY));
+    let mut adapters: Vec<_> = found.into_iter().map(Adapter::new).collect();
+    adapters.sort_by_key(|adapter| match adapter.kind {
+        DeviceKind::DiscreteGpu => 0,
+        DeviceKind::IntegratedGpu => 1,
+        DeviceKind::VirtualGpu => 2,
+        DeviceKind::OtherGpu => 3,
+        DeviceKind::SoftwareGpu | DeviceKind::Cpu => 4,
+    });
+    adapters
+}
+
+fn select(select: &Select) -> Result<Adapter> {
+    let adapters = adapters();
+    let position = match select {
+        Select::Hardware => adapters.iter().position(|a| a.kind != DeviceKind::SoftwareGpu),
+        Select::Named(name) => {
+            let name = name.to_lowercase();
+            adapters.iter().position(|a| a.name.to_lowercase().contains(&name))
+        }
+    };
+    let found = adapters.iter().map(|a| format!("{} ({})", a.name, a.kind.name())).collect();
+    let mut adapters = adapters;
+    match position {
+        Some(position) => Ok(adapters.swap_remove(position)),
+        None => {
+            let wanted = match select {
+                Select::Hardware => "a hardware GPU".to_owned(),
+                Select::Named(name) => name.clone(),
+            };
+            Err(Error::NoAdapter { wanted, found })
+        }
+    }
+}
+
+/// The first failure that the driver reported outside any call.
+#[derive(Debug)]
+enum Failure {
+    Lost(String),
+    Other(String),
+}
+
+/// An open device and what all its users share.
+pub(super) struct Device {
+    pub raw: wgpu::Device,
+    pub queue: wgpu::Queue,
+    pub info: DeviceInfo,
+    pub abilities: Abilities,
+    /// Bytes of the largest storage binding and buffer, so that one binding covers a buffer.
+    pub max_binding: u64,
+    /// Bytes of the largest block that a matrix is cut into.
+    pub max_matrix_block: u64,
+    held: Arc<AtomicU64>,
+    failure: Arc<Mutex<Option<Failure>>>,
+    pipelines: Mutex<HashMap<Kernel, Arc<Pipeline>>>,
+}
+
+impl Device {
+    /// Chooses an adapter and opens it.
+    pub(super) fn open(options: &GpuOptions) -> Result<Self> {
+        let adapter = select(&options.select)?;
+        let mut features = wgpu::Features::empty();
+        let mut limits = wgpu::Limits::default();
+        if !options.floor_limits {
+            features.set(wgpu::Features::SHADER_F16, options.f16);
+            features.set(wgpu::Features::SUBGROUP, options.subgroups);
+            features &= adapter.raw.features();
+            limits = adapter.raw.limits();
+        }
+        let request = adapter.raw.request_device(&wgpu::DeviceDescriptor {
+            label: None,
+            required_features: features,
+            required_limits: limits.clone(),
+            experimental_features: wgpu::ExperimentalFeatures::disabled(),
+            memory_hints: wgpu::MemoryHints::Performance,
+            trace: wgpu::Trace::Off,
+        });
+        let (raw, queue) = pollster::block_on(request).map_err(|error| Error::Device {
+            device: adapter.name.clone(),
+            what: "opening the device".to_owned(),
+            message: error.to_string(),
+        })?;
+
+        let failure = Arc::new(Mutex::new(None));
+        let slot = Arc::clone(&failure);
+        raw.set_device_lost_callback(move |_, message| keep(&slot, Failure::Lost(message)));
+        let slot = Arc::clone(&failure);
+        raw.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            keep(&slot, Failure::Other(error.to_string()));
+        }));
+
+        let abilities = Abilities {
+            f16: features.contains(wgpu::Features::SHADER_F16),
+            subgroups: features.contains(wgpu::Features::SUBGROUP),
+        };
+        let mut names = Vec::new();
+        names.extend(abilities.f16.then(|| "f16".to_owned()));
+        names.extend(abilities.subgroups.then(|| "subgroups".to_owned()));
+        let info = DeviceInfo {
+            name: adapter.name,
+            kind: adapter.kind,
+            backend: adapter.backend,
+            driver: adapter.driver,
+            features: names,
+        };
+        let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        Ok(Self {
+            raw,
+            queue,
+            info,
+            abilities,
+            max_binding,
+            max_matrix_block: options
+                .max_matrix_block
+                .map_or(max_binding, |max| max.min(max_binding)),
+            held: Arc::default(),
+            failure,
+            pipelines: Mutex::default(),
+        })
+    }
+
+    /// Bytes of all buffers that are alive.
+    pub(super) fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// A zeroed buffer of at least `size` bytes; `what` says in errors what it is for.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLimit`] over the device's limits, [`Error::DeviceMemory`] without memory.
+    pub(super) fn buffer(
+        &self,
+        what: &str,
+        size: u64,
+        usage: wgpu::BufferUsages,
+    ) -> Result<Buffer> {
+        // Nothing can be bound that is empty or no multiple of four.
+        let size = size.next_multiple_of(16).max(16);
+        if size > self.max_binding {
+            return Err(Error::DeviceLimit {
+                device: self.info.name.clone(),
+                what: what.to_owned(),
+                needed: size,
+                limit_name: "maxStorageBufferBindingSize",
+                limit: self.max_binding,
+            });
+        }
+        let descriptor =
+            wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
+        let raw = self.scoped(|| self.raw.create_buffer(&descriptor)).map_err(|error| {
+            let device = self.info.name.clone();
+            let what = what.to_owned();
+            match error {
+                wgpu::Error::OutOfMemory { .. } => {
+                    Error::DeviceMemory { device, what, needed: size, held: self.held() }
+                }
+                other => Error::Device { device, what, message: other.to_string() },
+            }
+        })?;
+        Ok(Buffer::new(raw, size, Arc::clone(&self.held)))
+    }
+
+    /// A buffer that shaders read and write.
+    pub(super) fn storage(&self, what: &str, size: u64) -> Result<Buffer> {
+        use wgpu::BufferUsages as Usage;
+        self.buffer(what, size, Usage::STORAGE | Usage::COPY_DST | Usage::COPY_SRC)
+    }
+
+    /// A storage buffer with contents.
+    pub(super) fn storage_with<T: bytemuck::Pod>(&self, what: &str, data: &[T]) -> Result<Buffer> {
+        let buffer = self.storage(what, size_of_val(data) as u64)?;
+        self.write(&buffer, 0, bytemuck::cast_slice(data))?;
+        Ok(buffer)
+    }
+
+    /// Writes bytes, a multiple of four, before the next submission.
+    pub(super) fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
+        if !bytes.is_empty() {
+            self.queue.write_buffer(buffer.raw(), offset, bytes);
+        }
+        self.check()
+    }
+
+    /// The pipeline of a kernel, compiled at its first use.
+    pub(super) fn pipeline(&self, kernel: Kernel) -> Result<Arc<Pipeline>> {
+        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = pipelines.get(&kernel) {
+            return Ok(Arc::clone(pipeline));
+        }
+        let pipeline = self
+            .scoped(|| Pipeline::new(&self.raw, kernel, self.abilities))
+            .map_err(|error| self.fault(kernel.name(), error.to_string()))?;
+        let pipeline = Arc::new(pipeline);
+        pipelines.insert(kernel, Arc::clone(&pipeline));
+        Ok(pipeline)
+    }
+
+    /// Whatever wgpu reports while `f` runs becomes an error. The scopes belong to this thread.
+    pub(super) fn scoped<T>(&self, f: impl FnOnce() -> T) -> Result<T, wgpu::Error> {
+        use wgpu::ErrorFilter::{Internal, OutOfMemory, Validation};
+        let scopes =
+            [Internal, OutOfMemory, Validation].map(|kind| self.raw.push_error_scope(kind));
+        let result = f();
+        let mut first = None;
+        for scope in scopes.into_iter().rev() {
+            let error = pollster::block_on(scope.pop());
+            first = first.or(error);
+        }
+        first.map_or(Ok(result), Err)
+    }
+
+    /// Fails once the device was lost or the driver reported an error outside any call.
+    pub(super) fn check(&self) -> Result<()> {
+        let mut slot = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*slot {
+            None => Ok(()),
+            Some(Failure::Lost(message)) => {
+                Err(Error::DeviceLost { device: self.info.name.clone(), message: message.clone() })
+            }
+            Some(Failure::Other(message)) => {
+                let error = self.fault("a command", message.clone());
+                // A lost device stays lost; another failure is reported once.
+                *slot = None;
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until all submitted work is done.
+    pub(super) fn wait(&self) -> Result<()> {
+        let polled = self.raw.poll(wgpu::PollType::wait_indefinitely());
+        self.check()?;
+        polled.map(drop).map_err(|error| self.fault("waiting for the device", error.to_string()))
+    }
+
+    /// Waits for all submitted work and reads the first `bytes` of a buffer that can be mapped.
+    pub(super) fn map(&self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
+        if bytes == 0 {
+            return self.wait().map(|()| Vec::new());
+        }
+        let (sender, receiver) = std::sync::mpsc::channel();
+        buffer.raw().map_async(wgpu::MapMode::Read, ..bytes, move |result| {
+            // The receiver is gone where the wait has failed.
+            let _ = sender.send(result);
+        });
+        self.wait()?;
+        let unreadable = |message: String| self.fault("reading a buffer", message);
+        match receiver.try_recv() {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(unreadable(error.to_string())),
+            Err(error) => return Err(unreadable(error.to_string())),
+        }
+        let view = buffer.raw().get_mapped_range(..bytes);
+        let data = view.map(|view| view.to_vec()).map_err(|error| unreadable(error.to_string()));
+        buffer.raw().unmap();
+        data
+    }
+
+    /// Gives the device up, as if the driver had lost it. For tests.
+    pub(super) fn lose(&self) {
+        self.raw.destroy();
+    }
+
+    /// An [`Error::Device`].
+    pub(super) fn fault(&self, what: &str, message: impl Into<String>) -> Error {
+        let device = self.info.name.clone();
+        Error::Device { device, what: what.to_owned(), message: message.into() }
+    }
+}
+
+fn keep(slot: &Mutex<Option<Failure>>, failure: Failure) {
+    let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+    // What came first is the cause, but nothing outweighs the loss of the device.
+    if slot.is_none() || matches!(failure, Failure::Lost(_)) {
+        *slot = Some(failure);
+    }
+}

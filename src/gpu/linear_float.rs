@@ -1,0 +1,80 @@
+//! `linear` for float and 8-bit weights; sums are f32.
+
+use super::linear::{FEW_TOKENS, Linear};
+use super::shader::{Abilities, Binding, Kernel, Program, reduce, weights, wgsl};
+use super::stream::Stream;
+use super::tensor::Tensor;
+use crate::backend::MatrixFormat;
+use crate::error::Result;
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Params {
+    rows: u32,
+    first: u32,
+    chunks: u32,
+    weight_chunks: u32,
+    out_stride: u32,
+    tokens: u32,
+}
+
+/// The bindings of kernels that read a float matrix: weights, input, output, and Q8's scales.
+pub(super) fn bindings(format: MatrixFormat) -> Vec<(u32, Binding)> {
+    let mut bindings = vec![(1, Binding::Read), (2, Binding::Read), (3, Binding::Write)];
+    if format == MatrixFormat::Q8 {
+        bindings.push((4, Binding::Read));
+    }
+    bindings
+}
+
+pub(super) fn program(format: MatrixFormat, add: bool, abilities: Abilities) -> Program {
+    let (weights, f16) = weights(format, abilities);
+    Program {
+        constants: vec![("WORKGROUP", 64), ("ACCUMULATE", add.into())],
+        parts: vec![reduce(abilities), weights, wgsl!("linear_float.wgsl")],
+        bindings: bindings(format),
+        f16,
+    }
+}
+
+pub(super) fn tiled_program(format: MatrixFormat, add: bool, abilities: Abilities) -> Program {
+    let (weights, f16) = weights(format, abilities);
+    Program {
+        constants: vec![("ACCUMULATE", add.into())],
+        parts: vec![weights, wgsl!("linear_float_tiled.wgsl")],
+        bindings: bindings(format),
+        f16,
+    }
+}
+
+impl Stream {
+    pub(super) fn linear_float(
+        &mut self,
+        x: &Tensor,
+        weight: &Linear,
+        out: &Tensor,
+        add: bool,
+    ) -> Result<()> {
+        let weights = weight.format;
+        for block in &weight.blocks {
+            let params = Params {
+                rows: block.rows as u32,
+                first: block.first as u32,
+                chunks: (x.stride() / 8) as u32,
+                weight_chunks: (weight.stride / 8) as u32,
+                out_stride: out.stride() as u32,
+                tokens: x.rows as u32,
+            };
+            let (kernel, grid) = if x.rows <= FEW_TOKENS {
+                (Kernel::LinearFloat { weights, add }, [block.rows.div_ceil(4), x.rows, 1])
+            } else {
+                let grid = [block.rows.div_ceil(64), x.rows.div_ceil(64), 1];
+                (Kernel::LinearFloatTiled { weights, add }, grid)
+            };
+            let mut buffers = vec![&block.weights, &x.data, &out.data];
+            buffers.extend(&block.scales);
+            self.recorder.dispatch(kernel, &params, &buffers, grid)?;
+        }
+        Ok(())
+    }
+}

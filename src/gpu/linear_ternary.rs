@@ -1,0 +1,78 @@
+//! `linear` for ternary weights and int8 activations, in exact integers.
+
+use super::linear::{FEW_TOKENS, Linear};
+use super::shader::{Abilities, Binding, Kernel, Program, reduce, wgsl};
+use super::stream::Stream;
+use super::tensor::Tensor;
+use crate::error::Result;
+
+/// Register blocks of the tiled kernel, in tokens: tiles of 16 and 64.
+pub(super) const TILE_TOKENS: [u32; 2] = [2, 8];
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Params {
+    packed_rows: u32,
+    count16: u32,
+    out_stride: u32,
+    tokens: u32,
+}
+
+fn bindings() -> Vec<(u32, Binding)> {
+    use Binding::{Read, Uniform, Write};
+    vec![(1, Read), (2, Uniform), (3, Read), (4, Read), (5, Write)]
+}
+
+pub(super) fn program(add: bool, abilities: Abilities) -> Program {
+    Program {
+        constants: vec![("WORKGROUP", 64), ("ACCUMULATE", add.into())],
+        parts: vec![reduce(abilities), wgsl!("common/ternary.wgsl"), wgsl!("linear_ternary.wgsl")],
+        bindings: bindings(),
+        f16: false,
+    }
+}
+
+pub(super) fn tiled_program(add: bool, tokens: u32) -> Program {
+    Program {
+        constants: vec![("TOKENS", tokens), ("ACCUMULATE", add.into())],
+        parts: vec![wgsl!("common/ternary.wgsl"), wgsl!("linear_ternary_tiled.wgsl")],
+        bindings: bindings(),
+        f16: false,
+    }
+}
+
+impl Stream {
+    pub(super) fn linear_ternary(
+        &mut self,
+        x: &Tensor,
+        weight: &Linear,
+        out: &Tensor,
+        add: bool,
+    ) -> Result<()> {
+        let Some(scales) = &x.scales else {
+            return Err(self.fault("linear", "int8 activations without scales"));
+        };
+        for block in &weight.blocks {
+            let Some(segments) = &block.segments else {
+                return Err(self.fault("linear", "ternary weights without segments"));
+            };
+            let params = Params {
+                packed_rows: block.rows as u32,
+                count16: (weight.stride / 16) as u32,
+                out_stride: out.stride() as u32,
+                tokens: x.rows as u32,
+            };
+            let (kernel, grid) = if x.rows <= FEW_TOKENS {
+                (Kernel::LinearTernary { add }, [block.rows.div_ceil(2), x.rows, 1])
+            } else {
+                let tokens = if x.rows <= 32 { TILE_TOKENS[0] } else { TILE_TOKENS[1] };
+                let tiles = x.rows.div_ceil(8 * tokens as usize);
+                let kernel = Kernel::LinearTernaryTiled { add, tokens };
+                (kernel, [block.rows.div_ceil(32), tiles, 1])
+            };
+            let buffers = [&block.weights, segments, &x.data, scales, &out.data];
+            self.recorder.dispatch(kernel, &params, &buffers, grid)?;
+        }
+        Ok(())
+    }
+}

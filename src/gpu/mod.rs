@@ -1,0 +1,179 @@
+//! The operations on GPUs, in WGSL through wgpu: Vulkan, Metal and DX12.
+//!
+//! | file | what |
+//! |---|---|
+//! | `device` | adapters, opening one, its failures as errors |
+//! | `buffer`, `tensor`, `linear` | what lies on the device |
+//! | `shader`, `pipeline` | the table of kernels, linking and compiling them |
+//! | `recorder`, `stream` | a session's operations, submitted once a step |
+//! | one for each operation | its parameters and grid; the kernel is `shaders/<operation>.wgsl` |
+//!
+//! Everything runs on WebGPU's default limits without optional features. Where a device offers
+//! f16 or subgroups, kernels are linked with other snippets and do less work for the same result.
+
+mod attention;
+mod buffer;
+mod device;
+mod embed;
+mod gate;
+mod linear;
+mod linear_float;
+mod linear_ternary;
+mod norm;
+mod pipeline;
+mod recorder;
+mod rope_append;
+mod sample;
+mod shader;
+mod stream;
+mod tensor;
+
+use std::sync::Arc;
+
+pub use device::{Adapter, GpuOptions, Select, adapters};
+pub use linear::Linear;
+pub use recorder::Counters;
+pub use shader::{ShaderSource, shader_sources};
+pub use stream::Stream;
+pub use tensor::{Cache, Norm, Rope, Tensor};
+
+use crate::backend::{
+    AttentionShape, Backend, CacheFormat, DeviceInfo, Footprint, StreamShape, TensorFormat,
+};
+use crate::checkpoint::MatrixSource;
+use crate::error::Result;
+use tensor::{RowScale, padded};
+
+/// An open GPU. Cheap to clone: clones share the device.
+#[derive(Clone)]
+pub struct Gpu {
+    device: Arc<device::Device>,
+}
+
+impl Gpu {
+    /// Opens an adapter.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`](crate::Error::NoAdapter) with what there is where none fits;
+    /// [`Error::Device`](crate::Error::Device) where the driver refuses.
+    pub fn open(options: &GpuOptions) -> Result<Self> {
+        Ok(Self { device: Arc::new(device::Device::open(options)?) })
+    }
+
+    /// Which device this is.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.device.info
+    }
+
+    /// Gives the device up, as if its driver had lost it: whatever uses it from now on fails with
+    /// [`Error::DeviceLost`](crate::Error::DeviceLost). For tests.
+    pub fn lose(&self) {
+        self.device.lose();
+    }
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Gpu").field(self.info()).finish()
+    }
+}
+
+/// Bytes of all buffers of this device that are alive, whoever owns them.
+impl Footprint for Gpu {
+    fn bytes(&self) -> u64 {
+        self.device.held()
+    }
+}
+
+impl Backend for Gpu {
+    type Linear = Linear;
+    type Norm = Norm;
+    type Rope = Rope;
+    type Tensor = Tensor;
+    type Cache = Cache;
+    type Stream = Stream;
+
+    fn device(&self) -> &DeviceInfo {
+        self.info()
+    }
+
+    fn linear(&self, stack: &[MatrixSource]) -> Result<Linear> {
+        Linear::new(&self.device, stack)
+    }
+
+    fn norm(&self, weight: &[f32], eps: f32) -> Result<Norm> {
+        Norm::new(&self.device, weight, eps)
+    }
+
+    fn rope(&self, table: &[[f32; 2]], head_dim: usize) -> Result<Rope> {
+        Rope::new(&self.device, table, head_dim)
+    }
+
+    fn tensor(&self, rows: usize, width: usize, format: TensorFormat) -> Result<Tensor> {
+        Tensor::new(&self.device, rows, width, format)
+    }
+
+    fn cache(&self, shape: AttentionShape, context: usize, format: CacheFormat) -> Result<Cache> {
+        Cache::new(&self.device, shape, context, format)
+    }
+
+    fn stream(&self, shape: &StreamShape) -> Result<Stream> {
+        Stream::new(Arc::clone(&self.device), shape)
+    }
+
+    /// The values arrive before the next submission of any stream.
+    fn write(&self, tensor: &mut Tensor, values: &[f32]) -> Result<()> {
+        let rows = self.rows_of(tensor, TensorFormat::F32, values.len())?;
+        let mut padded = vec![0.0; rows * tensor.stride()];
+        copy_rows(values, &mut padded, tensor);
+        tensor.rows = rows;
+        self.device.write(&tensor.data, 0, bytemuck::cast_slice(&padded))
+    }
+
+    /// The values arrive before the next submission of any stream.
+    fn write_int8(&self, tensor: &mut Tensor, values: &[i8], scales: &[f32]) -> Result<()> {
+        let rows = self.rows_of(tensor, TensorFormat::Int8, values.len())?;
+        let Some(buffer) = &tensor.scales else {
+            return Err(self.device.fault("write_int8", "not an Int8 tensor"));
+        };
+        if scales.len() != rows {
+            let message = format!("{} scales for {rows} rows", scales.len());
+            return Err(self.device.fault("write_int8", message));
+        }
+        let sums = values.chunks_exact(tensor.width.max(1));
+        let sums = sums.map(|row| row.iter().map(|&x| i32::from(x)).sum());
+        let rows_of_scales: Vec<_> =
+            scales.iter().zip(sums).map(|(&scale, sum)| RowScale { scale, sum }).collect();
+        self.device.write(buffer, 0, bytemuck::cast_slice(&rows_of_scales))?;
+        let mut padded = vec![0; rows * tensor.stride()];
+        copy_rows(values, &mut padded, tensor);
+        tensor.rows = rows;
+        self.device.write(&tensor.data, 0, bytemuck::cast_slice(&padded))
+    }
+
+    fn max_top_k(&self) -> usize {
+        sample::MAX_TOP_K
+    }
+}
+
+impl Gpu {
+    /// Rows that `count` values make in a tensor.
+    fn rows_of(&self, tensor: &Tensor, format: TensorFormat, count: usize) -> Result<usize> {
+        let rows = count / tensor.width.max(1);
+        if tensor.format != format || rows * tensor.width != count || rows > tensor.capacity {
+            let shape = [tensor.capacity, tensor.width];
+            let message = format!("{count} {format:?} values for {shape:?} {:?}", tensor.format);
+            return Err(self.device.fault("writing a tensor", message));
+        }
+        Ok(rows)
+    }
+}
+
+/// Copies rows of `tensor.width` values to padded rows.
+fn copy_rows<T: Copy>(values: &[T], rows: &mut [T], tensor: &Tensor) {
+    let stride = padded(tensor.width).max(1);
+    for (row, values) in rows.chunks_exact_mut(stride).zip(values.chunks_exact(tensor.width.max(1)))
+    {
+        row[..tensor.width].copy_from_slice(values);
+    }
+}

@@ -1,0 +1,232 @@
+//! Collects the dispatches of a step, and submits them in one compute pass.
+//!
+//! What does not change from token to token is made once: a bind group for each kernel and set of
+//! buffers, and one buffer for all parameters. Parameters that occur twice in a step are kept once:
+//! the layers of a model share nearly all of theirs, so that a step of hundreds of dispatches
+//! writes a few hundred bytes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::buffer::Buffer;
+use super::device::Device;
+use super::pipeline::Pipeline;
+use super::shader::Kernel;
+use crate::error::Result;
+
+/// Bytes of the largest parameter struct.
+pub(super) const PARAMETER_BYTES: usize = 64;
+
+/// Distance of two parameter structs: WebGPU's alignment of a dynamic offset.
+const SLOT_BYTES: usize = 256;
+
+/// Different parameters that one submission can hold.
+const SLOTS: usize = 512;
+
+/// Buffers that a kernel binds besides its parameters.
+const MAX_BUFFERS: usize = 6;
+
+/// Bind groups beyond this many are a sign of a caller that makes buffers all the time: then all
+/// are dropped, and with them their hold on buffers that are gone.
+const MAX_BIND_GROUPS: usize = 8192;
+
+type Parameters = [u8; PARAMETER_BYTES];
+type BindGroupKey = (Kernel, [u64; MAX_BUFFERS]);
+
+struct Dispatch {
+    pipeline: Arc<Pipeline>,
+    bind_group: wgpu::BindGroup,
+    parameters: u32,
+    grid: [u32; 3],
+}
+
+struct Copy {
+    from: wgpu::Buffer,
+    to: wgpu::Buffer,
+    bytes: u64,
+}
+
+/// The dispatches of a step.
+pub(super) struct Recorder {
+    device: Arc<Device>,
+    dispatches: Vec<Dispatch>,
+    copies: Vec<Copy>,
+    pipelines: HashMap<Kernel, Arc<Pipeline>>,
+    bind_groups: HashMap<BindGroupKey, wgpu::BindGroup>,
+    parameters: HashMap<Parameters, u32>,
+    parameter_bytes: Vec<u8>,
+    parameter_buffer: Buffer,
+    counters: Counters,
+}
+
+/// What a stream has made and done: all but `submissions` and `dispatches` must stand still once
+/// it is warm.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Bind groups made.
+    pub bind_groups: u64,
+    /// Pipelines fetched from the device, which compiles each once.
+    pub pipelines: u64,
+    /// Buffers made for reading results.
+    pub readbacks: u64,
+    /// Submissions to the queue.
+    pub submissions: u64,
+    /// Dispatches in all submissions.
+    pub dispatches: u64,
+}
+
+impl Recorder {
+    pub(super) fn new(device: Arc<Device>) -> Result<Self> {
+        let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
+        let bytes = (SLOTS * SLOT_BYTES) as u64;
+        let parameter_buffer = device.buffer("the parameters of a step", bytes, usage)?;
+        Ok(Self {
+            device,
+            dispatches: Vec::new(),
+            copies: Vec::new(),
+            pipelines: HashMap::new(),
+            bind_groups: HashMap::new(),
+            parameters: HashMap::new(),
+            parameter_bytes: Vec::new(),
+            parameter_buffer,
+            counters: Counters::default(),
+        })
+    }
+
+    pub(super) fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    pub(super) fn count_readback(&mut self) {
+        self.counters.readbacks += 1;
+    }
+
+    /// Bytes held on the device.
+    pub(super) fn bytes(&self) -> u64 {
+        self.parameter_buffer.size()
+    }
+
+    /// Records one dispatch of `kernel` over a `grid` of workgroups.
+    ///
+    /// `parameters` is the kernel's `Params`; `buffers` stand in the order of its bindings.
+    pub(super) fn dispatch<P: bytemuck::NoUninit>(
+        &mut self,
+        kernel: Kernel,
+        parameters: &P,
+        buffers: &[&Buffer],
+        grid: [usize; 3],
+    ) -> Result<()> {
+        let grid = grid.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        if grid.iter().any(|&n| n > 65_535) {
+            let message = format!("a grid of {grid:?} workgroups is beyond 65535 a dimension");
+            return Err(self.device.fault(kernel.name(), message));
+        }
+        let parameters = self.parameters(bytemuck::bytes_of(parameters))?;
+        let pipeline = self.pipeline(kernel)?;
+        let bind_group = self.bind_group(kernel, &pipeline, buffers)?;
+        self.dispatches.push(Dispatch { pipeline, bind_group, parameters, grid });
+        self.counters.dispatches += 1;
+        Ok(())
+    }
+
+    /// Copies the start of a buffer after all dispatches recorded so far.
+    pub(super) fn copy(&mut self, from: &Buffer, to: &Buffer, bytes: u64) {
+        self.copies.push(Copy { from: from.raw().clone(), to: to.raw().clone(), bytes });
+    }
+
+    /// Submits what was recorded, if anything was.
+    pub(super) fn submit(&mut self) -> Result<()> {
+        self.device.check()?;
+        if self.dispatches.is_empty() && self.copies.is_empty() {
+            return Ok(());
+        }
+        self.device.write(&self.parameter_buffer, 0, &self.parameter_bytes)?;
+        let mut encoder = self.device.raw.create_command_encoder(&Default::default());
+        if !self.dispatches.is_empty() {
+            let mut pass = encoder.begin_compute_pass(&Default::default());
+            for dispatch in self.dispatches.drain(..) {
+                let [x, y, z] = dispatch.grid;
+                pass.set_pipeline(&dispatch.pipeline.raw);
+                pass.set_bind_group(0, &dispatch.bind_group, &[dispatch.parameters]);
+                pass.dispatch_workgroups(x, y, z);
+            }
+        }
+        for copy in self.copies.drain(..) {
+            encoder.copy_buffer_to_buffer(&copy.from, 0, &copy.to, 0, copy.bytes);
+        }
+        self.device.queue.submit([encoder.finish()]);
+        self.parameters.clear();
+        self.parameter_bytes.clear();
+        self.counters.submissions += 1;
+        self.device.check()
+    }
+
+    /// Where these parameters will stand in the parameter buffer.
+    fn parameters(&mut self, bytes: &[u8]) -> Result<u32> {
+        let mut parameters = [0; PARAMETER_BYTES];
+        parameters[..bytes.len()].copy_from_slice(bytes);
+        if let Some(&offset) = self.parameters.get(&parameters) {
+            return Ok(offset);
+        }
+        if self.parameters.len() == SLOTS {
+            self.submit()?;
+        }
+        let offset = self.parameter_bytes.len();
+        self.parameter_bytes.extend_from_slice(&parameters);
+        self.parameter_bytes.resize(offset + SLOT_BYTES, 0);
+        self.parameters.insert(parameters, offset as u32);
+        Ok(offset as u32)
+    }
+
+    fn pipeline(&mut self, kernel: Kernel) -> Result<Arc<Pipeline>> {
+        if let Some(pipeline) = self.pipelines.get(&kernel) {
+            return Ok(Arc::clone(pipeline));
+        }
+        let pipeline = self.device.pipeline(kernel)?;
+        self.pipelines.insert(kernel, Arc::clone(&pipeline));
+        self.counters.pipelines += 1;
+        Ok(pipeline)
+    }
+
+    fn bind_group(
+        &mut self,
+        kernel: Kernel,
+        pipeline: &Pipeline,
+        buffers: &[&Buffer],
+    ) -> Result<wgpu::BindGroup> {
+        let mut ids = [0; MAX_BUFFERS];
+        for (id, buffer) in ids.iter_mut().zip(buffers) {
+            *id = buffer.id();
+        }
+        let key = (kernel, ids);
+        if let Some(bind_group) = self.bind_groups.get(&key) {
+            return Ok(bind_group.clone());
+        }
+        let mut entries = vec![wgpu::BindGroupEntry {
+            binding: 0,
+            resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                buffer: self.parameter_buffer.raw(),
+                offset: 0,
+                size: wgpu::BufferSize::new(PARAMETER_BYTES as u64),
+            }),
+        }];
+        entries.extend(pipeline.bindings.iter().zip(buffers).map(|(&binding, buffer)| {
+            wgpu::BindGroupEntry { binding, resource: buffer.raw().as_entire_binding() }
+        }));
+        let descriptor =
+            wgpu::BindGroupDescriptor { label: None, layout: &pipeline.layout, entries: &entries };
+        let device = Arc::clone(&self.device);
+        let bind_group = device
+            .scoped(|| device.raw.create_bind_group(&descriptor))
+            .map_err(|error| device.fault(kernel.name(), error.to_string()))?;
+        if self.bind_groups.len() == MAX_BIND_GROUPS {
+            self.bind_groups.clear();
+        }
+        self.bind_groups.insert(key, bind_group.clone());
+        self.counters.bind_groups += 1;
+        Ok(bind_group)
+    }
+}

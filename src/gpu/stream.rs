@@ -1,0 +1,187 @@
+//! Where a session's operations run.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::Gpu;
+use super::buffer::Buffer;
+use super::device::Device;
+use super::linear::Linear;
+use super::recorder::{Counters, Recorder};
+use super::tensor::{Cache, Norm, Rope, RowScale, Tensor};
+use super::{attention, sample};
+use crate::backend::{Activation, Footprint, Operations, StreamShape, TensorFormat};
+use crate::error::{Error, Result};
+use crate::sampler::SampleStep;
+
+/// The tokens that the current step is over.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Step {
+    pub position: usize,
+    pub tokens: usize,
+}
+
+/// Records a session's operations and reads their results.
+pub struct Stream {
+    pub(super) device: Arc<Device>,
+    pub(super) shape: StreamShape,
+    pub(super) step: Step,
+    pub(super) recorder: Recorder,
+    /// Ids of the step's tokens, `[rows]` u32.
+    pub(super) tokens: Buffer,
+    pub(super) attention: attention::Scratch,
+    pub(super) sampling: sample::Scratch,
+    /// What tensors are read through; grows to the largest.
+    readback: Option<Buffer>,
+}
+
+impl Stream {
+    pub(super) fn new(device: Arc<Device>, shape: &StreamShape) -> Result<Self> {
+        Ok(Self {
+            shape: *shape,
+            step: Step::default(),
+            recorder: Recorder::new(Arc::clone(&device))?,
+            tokens: device.storage("the tokens of a step", shape.rows as u64 * 4)?,
+            attention: attention::Scratch::new(&device, shape)?,
+            sampling: sample::Scratch::new(&device, shape)?,
+            readback: None,
+            device,
+        })
+    }
+
+    /// What the stream has made and done so far.
+    pub fn counters(&self) -> Counters {
+        self.recorder.counters()
+    }
+
+    pub(super) fn fault(&self, what: &str, message: impl Into<String>) -> Error {
+        self.device.fault(what, message)
+    }
+
+    /// Refuses a call of `operation` whose tensors do not fit together.
+    pub(super) fn expect(
+        &self,
+        operation: &str,
+        fits: bool,
+        message: impl FnOnce() -> String,
+    ) -> Result<()> {
+        if fits { Ok(()) } else { Err(self.fault(operation, message())) }
+    }
+
+    /// The first `bytes` of a buffer, after all that was recorded.
+    fn read_bytes(&mut self, buffer: &Buffer, bytes: usize) -> Result<Vec<u8>> {
+        let size = bytes.next_multiple_of(4) as u64;
+        let readback = match self.readback.take() {
+            Some(readback) if readback.size() >= size => readback,
+            _ => {
+                let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+                self.recorder.count_readback();
+                self.device.buffer("reading a tensor", size, usage)?
+            }
+        };
+        self.recorder.copy(buffer, &readback, size);
+        self.recorder.submit()?;
+        let data = self.device.map(&readback, size);
+        self.readback = Some(readback);
+        data
+    }
+}
+
+impl Footprint for Stream {
+    fn bytes(&self) -> u64 {
+        let readback = self.readback.as_ref().map_or(0, Buffer::size);
+        let scratch = self.attention.bytes() + self.sampling.bytes();
+        self.tokens.size() + scratch + readback + self.recorder.bytes()
+    }
+}
+
+impl Operations<Gpu> for Stream {
+    fn begin(&mut self, tokens: &[u32], position: usize) -> Result<()> {
+        let fits = (1..=self.shape.rows).contains(&tokens.len())
+            && position + tokens.len() <= self.shape.context;
+        self.expect("begin", fits, || {
+            let StreamShape { rows, context, .. } = self.shape;
+            let count = tokens.len();
+            format!("{count} tokens at {position} in chunks of {rows}, context {context}")
+        })?;
+        // What is recorded belongs to earlier tokens, and writes come before what is recorded.
+        self.recorder.submit()?;
+        self.device.write(&self.tokens, 0, bytemuck::cast_slice(tokens))?;
+        self.step = Step { position, tokens: tokens.len() };
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Linear, out: &mut Tensor) -> Result<()> {
+        self.embed_tokens(table, out)
+    }
+
+    fn norm(
+        &mut self,
+        x: &Tensor,
+        rows: Range<usize>,
+        norm: &Norm,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.norm_rows(x, rows, norm, out)
+    }
+
+    fn linear(&mut self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<()> {
+        self.linear_any(x, weight, out, false)
+    }
+
+    fn linear_add(&mut self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<()> {
+        self.linear_any(x, weight, out, true)
+    }
+
+    fn rope_append(&mut self, qkv: &mut Tensor, rope: &Rope, cache: &mut Cache) -> Result<()> {
+        self.rope_rows(qkv, rope, cache)
+    }
+
+    fn attention(&mut self, qkv: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {
+        self.attention_rows(qkv, cache, out)
+    }
+
+    fn gate(
+        &mut self,
+        gate_up: &Tensor,
+        activation: Activation,
+        norm: Option<&Norm>,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.gate_rows(gate_up, activation, norm, out)
+    }
+
+    fn sample(&mut self, logits: &Tensor, step: &SampleStep<'_>) -> Result<()> {
+        self.sample_token(logits, step)
+    }
+
+    fn submit(&mut self) -> Result<()> {
+        self.recorder.submit()
+    }
+
+    fn token(&mut self) -> Result<u32> {
+        self.sampled_token()
+    }
+
+    fn read(&mut self, tensor: &Tensor) -> Result<Vec<f32>> {
+        self.expect("read", tensor.format == TensorFormat::F32, || "not an F32 tensor".into())?;
+        let stride = tensor.stride();
+        let bytes = self.read_bytes(&tensor.data, tensor.rows * stride * 4)?;
+        let floats: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
+        let rows = floats.chunks_exact(stride.max(1)).take(tensor.rows);
+        Ok(rows.flat_map(|row| &row[..tensor.width]).copied().collect())
+    }
+
+    fn read_int8(&mut self, tensor: &Tensor) -> Result<(Vec<i8>, Vec<f32>)> {
+        let Some(scales) = &tensor.scales else {
+            return Err(self.fault("read_int8", "not an Int8 tensor"));
+        };
+        let stride = tensor.stride();
+        let bytes = self.read_bytes(&tensor.data, tensor.rows * stride)?;
+        let rows = bytes.chunks_exact(stride.max(1)).take(tensor.rows);
+        let values = rows.flat_map(|row| &row[..tensor.width]).map(|&byte| byte as i8).collect();
+        let bytes = self.read_bytes(scales, tensor.rows * size_of::<RowScale>())?;
+        let scales: Vec<RowScale> = bytemuck::pod_collect_to_vec(&bytes);
+        Ok((values, scales.iter().take(tensor.rows).map(|row| row.scale).collect()))
+    }
+}
