@@ -133,6 +133,11 @@ impl Scratch {
     fn of(&self, worker: usize) -> MutexGuard<'_, Aligned<f32>> {
         self.0[worker].lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Bytes held.
+    fn bytes(&self) -> u64 {
+        (0..self.0.len()).map(|worker| self.of(worker).bytes()).sum()
+    }
 }
 
 /// Weight matrices stacked over their outputs.

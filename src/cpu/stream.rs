@@ -8,7 +8,7 @@ use super::{
     Cache, Cpu, Linear, Machine, Norm, Rope, Scratch, Tensor, attention, embed, gate, linear_float,
     linear_ternary, norm, rope_append, sample,
 };
-use crate::backend::{Activation, MatrixFormat, Operations, StreamShape};
+use crate::backend::{Activation, Footprint, MatrixFormat, Operations, StreamShape};
 use crate::error::{Error, Result};
 use crate::sampler::SampleStep;
 
@@ -47,6 +47,13 @@ impl Stream {
             Some(MatrixFormat::Ternary) => linear_ternary::linear(machine, x, parts, out, add),
             _ => linear_float::linear(machine, &self.scratch, x, parts, out, add),
         }
+    }
+}
+
+impl Footprint for Stream {
+    fn bytes(&self) -> u64 {
+        let candidates = self.candidates.capacity() * size_of::<u64>();
+        self.scratch.bytes() + self.partial.bytes() + candidates as u64
     }
 }
 

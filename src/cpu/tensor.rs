@@ -33,7 +33,8 @@ impl<T: Pod> Aligned<T> {
         }
     }
 
-    fn bytes(&self) -> u64 {
+    /// Bytes held.
+    pub(super) fn bytes(&self) -> u64 {
         size_of_val(&self.lines[..]) as u64
     }
 }
