@@ -55,7 +55,7 @@ impl fmt::Display for DeviceChoice {
 pub(super) enum Opened {
     Gpu(Gpu),
     /// With the reason, where the CPU was not asked for.
-    Cpu(crate::reference::Reference, Option<String>),
+    Cpu(Cpu, Option<String>),
     Reference,
 }
 
