@@ -225,6 +225,8 @@ impl Stream {
             let buffers = [&qkv.data, &cache.keys, &cache.values, states, &out.data];
             let head_dim = shape.head_dim as u32;
             let kernel = Kernel::AttentionTiled { cache: cache.format, head_dim };
+            let tile_keys = (params.stop - params.start) as usize;
+            self.recorder.work(2 * tile_keys * qkv.rows * shape.width())?;
             let grid = [(qkv.rows * group).div_ceil(TILED_QUERIES), shape.kv_heads, 1];
             self.recorder.dispatch(kernel, &params, &buffers, grid)?;
         }

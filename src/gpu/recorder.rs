@@ -26,6 +26,10 @@ const SLOTS: usize = 512;
 /// Buffers that a kernel binds besides its parameters.
 const MAX_BUFFERS: usize = 6;
 
+/// Multiply-adds after which a long step is sent off in part, so that no submission holds the GPU
+/// for long: 0.1 s of an integrated GPU. A token of decoding stays one submission.
+const SUBMISSION_WORK: u64 = 20_000_000_000;
+
 /// Bind groups beyond this many are a sign of a caller that makes buffers all the time: then all
 /// are dropped, and with them their hold on buffers that are gone.
 const MAX_BIND_GROUPS: usize = 8192;
@@ -51,6 +55,8 @@ pub(super) struct Recorder {
     device: Arc<Device>,
     dispatches: Vec<Dispatch>,
     copies: Vec<Copy>,
+    /// Multiply-adds of the dispatches.
+    work: u64,
     pipelines: HashMap<Kernel, Arc<Pipeline>>,
     bind_groups: HashMap<BindGroupKey, wgpu::BindGroup>,
     parameters: HashMap<Parameters, u32>,
@@ -84,6 +90,7 @@ impl Recorder {
             device,
             dispatches: Vec::new(),
             copies: Vec::new(),
+            work: 0,
             pipelines: HashMap::new(),
             bind_groups: HashMap::new(),
             parameters: HashMap::new(),
@@ -132,6 +139,15 @@ impl Recorder {
         Ok(())
     }
 
+    /// Announces the multiply-adds of the dispatch that comes next.
+    pub(super) fn work(&mut self, multiply_adds: usize) -> Result<()> {
+        if self.work >= SUBMISSION_WORK {
+            self.submit()?;
+        }
+        self.work += multiply_adds as u64;
+        Ok(())
+    }
+
     /// Copies the start of a buffer after all dispatches recorded so far.
     pub(super) fn copy(&mut self, from: &Buffer, to: &Buffer, bytes: u64) {
         self.copies.push(Copy { from: from.raw().clone(), to: to.raw().clone(), bytes });
@@ -158,6 +174,7 @@ impl Recorder {
             encoder.copy_buffer_to_buffer(&copy.from, 0, &copy.to, 0, copy.bytes);
         }
         self.device.queue.submit([encoder.finish()]);
+        self.work = 0;
         self.parameters.clear();
         self.parameter_bytes.clear();
         self.counters.submissions += 1;
