@@ -17,10 +17,12 @@ use crate::backend::MatrixFormat;
 const STRIP_BYTES: usize = 64 * 1024;
 
 /// Rows of a strip that is decoded.
-const DECODED_ROWS: usize = 16;
+const DECODED_ROWS: usize = 32;
 
-/// Columns that are decoded at once: of these a tile of four tokens fits the nearest cache.
-const DECODED_COLS: usize = 2048;
+/// Columns that are decoded at once: a tile of tokens of these keeps its place in the nearest
+/// cache while the decoded rows pass by, though widths that are powers of two put all rows into
+/// the same few sets of it.
+const DECODED_COLS: usize = 512;
 
 /// Tokens from which decoding ahead pays.
 const DECODED_TOKENS: usize = 8;
@@ -106,12 +108,14 @@ impl<W: Weight> Kernel for Typed<'_, W> {
         for start in (0..cols).step_by(DECODED_COLS) {
             let len = DECODED_COLS.min(cols - start);
             for (r, decoded) in decoded.chunks_exact_mut(stride).enumerate() {
-                let scales = matrix.row_scales(first + r);
-                let row = Row::<W>::new(
-                    &matrix.row(first + r)[start * matrix.element_bytes()..]
-                        [..len * matrix.element_bytes()],
-                    &scales[(start / BLOCK).min(scales.len())..],
-                );
+                let (scales, bytes) = (matrix.row_scales(first + r), matrix.element_bytes());
+                let encoded = &matrix.row(first + r)[start * bytes..][..len * bytes];
+                // What is needed next, while all tokens pass by what is decoded here.
+                for line in (0..encoded.len()).step_by(64) {
+                    simd.prefetch(encoded, encoded.len() + line);
+                }
+                let scales = &scales[(start / BLOCK).min(scales.len())..];
+                let row = Row::<W>::new(encoded, scales);
                 row.decode(simd, decoded.as_chunks_mut().0);
             }
             // The buffer holds native floats, which `Float32` reads on all little-endian machines.
