@@ -17,10 +17,12 @@ use crate::backend::MatrixFormat;
 const STRIP_BYTES: usize = 64 * 1024;
 
 /// Rows of a strip that is decoded.
-const DECODED_ROWS: usize = 16;
+const DECODED_ROWS: usize = 32;
 
-/// Columns that are decoded at once: of these a tile of four tokens fits the nearest cache.
-const DECODED_COLS: usize = 2048;
+/// Columns that are decoded at once: a tile of tokens of these keeps its place in the nearest
+/// cache while the decoded rows pass by, though widths that are powers of two put all rows into
+/// the same few sets of it.
+const DECODED_COLS: usize = 512;
 
 /// Tokens from which decoding ahead pays.
 const DECODED_TOKENS: usize = 8;
@@ -92,7 +94,7 @@ impl<W: Weight> Kernel for Typed<'_, W> {
         if tokens < DECODED_TOKENS {
             let row = |r: usize| Row::<W>::new(matrix.row(first + r), matrix.row_scales(first + r));
             let x = |t: usize| &x[t * cols..][..cols];
-            multiply(simd, rows, tokens, row, x, |t, r, y| {
+            multiply(simd, rows, tokens, matrix.row_bytes(), row, x, |t, r, y| {
                 let out = &mut out[t][r];
                 *out = if add { *out + y } else { y };
             });
@@ -106,12 +108,14 @@ impl<W: Weight> Kernel for Typed<'_, W> {
         for start in (0..cols).step_by(DECODED_COLS) {
             let len = DECODED_COLS.min(cols - start);
             for (r, decoded) in decoded.chunks_exact_mut(stride).enumerate() {
-                let scales = matrix.row_scales(first + r);
-                let row = Row::<W>::new(
-                    &matrix.row(first + r)[start * matrix.element_bytes()..]
-                        [..len * matrix.element_bytes()],
-                    &scales[(start / BLOCK).min(scales.len())..],
-                );
+                let (scales, bytes) = (matrix.row_scales(first + r), matrix.element_bytes());
+                let encoded = &matrix.row(first + r)[start * bytes..][..len * bytes];
+                // What is needed next, while all tokens pass by what is decoded here.
+                for line in (0..encoded.len()).step_by(64) {
+                    simd.prefetch(encoded, encoded.len() + line);
+                }
+                let scales = &scales[(start / BLOCK).min(scales.len())..];
+                let row = Row::<W>::new(encoded, scales);
                 row.decode(simd, decoded.as_chunks_mut().0);
             }
             // The buffer holds native floats, which `Float32` reads on all little-endian machines.
@@ -120,7 +124,7 @@ impl<W: Weight> Kernel for Typed<'_, W> {
                 Row::<Float32>::new(bytemuck::cast_slice(row), &[])
             };
             let x = |t: usize| &x[t * cols + start..][..len];
-            multiply(simd, rows, tokens, row, x, |t, r, y| sums[t * rows + r] += y);
+            multiply(simd, rows, tokens, 0, row, x, |t, r, y| sums[t * rows + r] += y);
         }
         for (out, sums) in out.into_iter().zip(sums.chunks_exact(rows)) {
             for (out, y) in out.iter_mut().zip(sums) {
@@ -134,11 +138,14 @@ impl<W: Weight> Kernel for Typed<'_, W> {
 compile_error!("the CPU backend computes on little-endian files as they are");
 
 /// Gives `emit` the product of each of `rows` with each of `tokens`: token, row, sum.
+///
+/// Rows that come from memory and not from a cache lie `stride` bytes apart; else it is 0.
 #[inline(always)]
 fn multiply<'a, S: Simd, W: Weight + 'a>(
     simd: S,
     rows: usize,
     tokens: usize,
+    stride: usize,
     row: impl Fn(usize) -> Row<'a, W>,
     x: impl Fn(usize) -> &'a [f32],
     mut emit: impl FnMut(usize, usize, f32),
@@ -151,12 +158,12 @@ fn multiply<'a, S: Simd, W: Weight + 'a>(
         while first < rows {
             let height = if rows - first >= 4 { 4 } else { 1 };
             match (height, tile) {
-                (4, 4) => tile_of::<S, W, 4, 4>(simd, first, token, &row, &x, &mut emit),
-                (4, 2) => tile_of::<S, W, 4, 2>(simd, first, token, &row, &x, &mut emit),
-                (4, _) => tile_of::<S, W, 4, 1>(simd, first, token, &row, &x, &mut emit),
-                (_, 4) => tile_of::<S, W, 1, 4>(simd, first, token, &row, &x, &mut emit),
-                (_, 2) => tile_of::<S, W, 1, 2>(simd, first, token, &row, &x, &mut emit),
-                _ => tile_of::<S, W, 1, 1>(simd, first, token, &row, &x, &mut emit),
+                (4, 4) => tile_of::<S, W, 4, 4>(simd, first, token, stride, &row, &x, &mut emit),
+                (4, 2) => tile_of::<S, W, 4, 2>(simd, first, token, stride, &row, &x, &mut emit),
+                (4, _) => tile_of::<S, W, 4, 1>(simd, first, token, stride, &row, &x, &mut emit),
+                (_, 4) => tile_of::<S, W, 1, 4>(simd, first, token, stride, &row, &x, &mut emit),
+                (_, 2) => tile_of::<S, W, 1, 2>(simd, first, token, stride, &row, &x, &mut emit),
+                _ => tile_of::<S, W, 1, 1>(simd, first, token, stride, &row, &x, &mut emit),
             }
             first += height;
         }
@@ -170,6 +177,7 @@ fn tile_of<'a, S: Simd, W: Weight + 'a, const R: usize, const T: usize>(
     simd: S,
     first: usize,
     token: usize,
+    stride: usize,
     row: &impl Fn(usize) -> Row<'a, W>,
     x: &impl Fn(usize) -> &'a [f32],
     emit: &mut impl FnMut(usize, usize, f32),
@@ -182,6 +190,16 @@ fn tile_of<'a, S: Simd, W: Weight + 'a, const R: usize, const T: usize>(
     let whole_x: [_; T] = std::array::from_fn(|t| &x[t].0[..blocks]);
     let mut sums = [[simd.splat(0.0); 4]; T];
     for block in 0..blocks {
+        if stride > 0 {
+            // The same place of the next rows: processors foresee poorly what lies ahead in
+            // several short streams.
+            for r in 0..R {
+                let raw = whole_w[r][block].as_ref();
+                for line in (0..raw.len()).step_by(64) {
+                    simd.prefetch(raw, R * stride + line);
+                }
+            }
+        }
         let w: [_; R] = std::array::from_fn(|r| (&whole_w[r][block], w[r].scale(block)));
         let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
         multiply_block::<S, W, R, T>(simd, w, x, &mut sums);

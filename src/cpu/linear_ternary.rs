@@ -85,6 +85,10 @@ impl Kernel for Product<'_> {
         if token < tokens {
             let mut row = 0;
             // Two rows at once hide the latency of the sums.
+            while S::TILE >= 4 && rows - row >= 4 {
+                self.tile::<S, 4, 1>(simd, row, token);
+                row += 4;
+            }
             while rows - row >= 2 {
                 self.tile::<S, 2, 1>(simd, row, token);
                 row += 2;
@@ -117,6 +121,14 @@ impl Product<'_> {
             let end = blocks.min(start + S::DOT_BLOCKS.min(blocks));
             let mut sums = [[[simd.no_sums(); 4]; T]; R];
             for block in start..end {
+                if T == 1 {
+                    // The same place of the next rows: processors foresee poorly what lies ahead in
+                    // several short streams.
+                    for r in 0..R {
+                        let next = (row + R + r) * cols + block * TERNARY_BLOCK;
+                        simd.prefetch(self.packed, next);
+                    }
+                }
                 let w: [_; R] = std::array::from_fn(|r| &whole_packed[r][block]);
                 let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
                 multiply(simd, w, x, &mut sums);

@@ -7,7 +7,7 @@ use super::simd::{BLOCK, Simd};
 /// A format of weights.
 pub(super) trait Weight {
     /// The bytes of a block of [`BLOCK`] columns.
-    type Raw;
+    type Raw: AsRef<[u8]>;
 
     /// Whole blocks of a row, and what is left.
     fn split(row: &[u8]) -> (&[Self::Raw], &[u8]);

@@ -125,6 +125,12 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// The whole sum of each of four vectors.
     fn total4(self, x: [Self::Sums; 4]) -> [i32; 4];
 
+    /// Asks for the cache line that holds byte `at` of `from`, or would if it were that long.
+    #[inline(always)]
+    fn prefetch(self, from: &[u8], at: usize) {
+        let _ = (from, at);
+    }
+
     /// The sum over the lanes.
     #[inline(always)]
     fn sum(self, x: Self::Floats) -> f32 {
