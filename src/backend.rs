@@ -144,8 +144,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     type Tensor: Footprint + Send;
     /// Keys and values of one layer.
     type Cache: Footprint + Send;
-    /// Where a session's operations run.
-    type Stream: Operations<Self>;
+    /// Where a session's operations run; its footprint is what they need beside their tensors.
+    type Stream: Operations<Self> + Footprint;
 
     /// Which device this is.
     fn device(&self) -> &DeviceInfo;

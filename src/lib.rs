@@ -1,11 +1,72 @@
-//! Language models on the GPU that people already own.
+//! Language models on the GPU that people already own: the integrated one in a phone or laptop.
+//!
+//! `deltallm` opens Llama and BitNet b1.58 checkpoints as Hugging Face lays them out and runs them
+//! as WGSL compute shaders over wgpu (Vulkan, Metal, DX12), or on the CPU with threads and SIMD.
+//!
+//! # A text in six lines
+//!
+//! ```no_run
+//! use deltallm::{GenerateOptions, Model, ModelOptions, Session, SessionOptions};
+//!
+//! # fn main() -> deltallm::Result<()> {
+//! let model = Model::open("path/to/model", &ModelOptions::default())?;
+//! let mut session = Session::new(&model, &SessionOptions::default())?;
+//! let prompt = model.tokenizer().encode("Once upon a time")?;
+//! for piece in session.generate(&prompt, &GenerateOptions::default())? {
+//!     print!("{}", piece?.text);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # How it is built
+//!
+//! ```text
+//! text -> Tokenizer -> Session -> Transformer::forward -> logits -> sample -> text
+//!                         |              |
+//!                       Cache         Backend (Gpu | Cpu | Reference)
+//! ```
+//!
+//! - [`checkpoint`] is what is on disk: configuration, tensors, and [`MatrixSource`], a weight
+//!   matrix on its way from a mapped file to a device.
+//! - [`model`] has the forward pass, written once. It speaks to a device through
+//!   [`backend::Operations`], about a dozen fused operations that a decoder layer is made of.
+//! - [`gpu`], [`cpu`] and [`mod@reference`] each implement them. [`mod@reference`] is slow and plain: read
+//!   it to know what an operation does. [`conformance`] holds the other two against it.
+//! - [`Session`] is a text in progress: its cache, its sampling, its stream of pieces.
+//!
+//! An operation has one name everywhere: `norm` is `shaders/norm.wgsl`, `src/gpu/norm.rs`,
+//! `src/cpu/norm.rs`, [`Operations::norm`](backend::Operations::norm) and its row in the table of
+//! [`conformance`].
+//!
+//! # What can be relied on
+//!
+//! - Integer arithmetic is exact: given the same 8-bit inputs, ternary products are bit-equal on
+//!   every backend.
+//! - A fault is a [`Result`] that names the file, tensor, shape, limit or device. The library does
+//!   not panic on input, print or exit.
+//! - The same seed gives the same text on the same device.
+//!
+//! [`MatrixSource`]: checkpoint::MatrixSource
 
 pub mod backend;
 pub mod checkpoint;
 pub mod conformance;
+pub mod cpu;
 mod error;
 pub mod gpu;
+pub mod model;
 pub mod reference;
 pub mod sampler;
+mod session;
+mod stop;
+mod tokenizer;
 
 pub use error::{Error, Result};
+pub use model::{DeviceChoice, Model, ModelOptions};
+pub use sampler::Sampling;
+pub use session::{
+    Cancel, DEFAULT_CONTEXT, FinishReason, GenerateOptions, Generation, Piece, Session,
+    SessionOptions, Timings,
+};
+pub use tokenizer::Tokenizer;

@@ -270,6 +270,12 @@ pub struct Stream {
     sampled: Option<u32>,
 }
 
+impl Footprint for Stream {
+    fn bytes(&self) -> u64 {
+        4 * self.tokens.len() as u64
+    }
+}
+
 impl Backend for Reference {
     type Linear = Linear;
     type Norm = Norm;
@@ -550,7 +556,8 @@ fn activate(x: f32, activation: Activation) -> f64 {
     }
 }
 
-/// The rule of [`SampleStep`] over `logits` `[vocabulary]`; nothing where one is NaN.
+/// The rule of [`SampleStep`] over `logits` `[vocabulary]`; nothing where one is NaN, or where the
+/// largest is infinite and weights would be NaN.
 fn sample(logits: &[f32], step: &SampleStep<'_>) -> Option<u32> {
     if logits.iter().any(|l| l.is_nan()) {
         return None;
@@ -570,6 +577,9 @@ fn sample(logits: &[f32], step: &SampleStep<'_>) -> Option<u32> {
     let first = candidates[0];
     if step.is_greedy() {
         return Some(first.1);
+    }
+    if !first.0.is_finite() {
+        return None;
     }
     if step.top_k > 0 {
         candidates.truncate(step.top_k);

@@ -130,6 +130,71 @@ impl SampleStep<'_> {
     pub fn is_greedy(&self) -> bool {
         self.temperature == 0.0 || self.top_k == 1
     }
+
+    /// Chooses a token from `logits` `[vocabulary]` by the rule, on the host; `None` where one of
+    /// them is NaN. The logits are left with the repetition penalty applied.
+    pub fn choose(&self, logits: &mut [f32]) -> Option<u32> {
+        if self.repetition_penalty != 1.0 {
+            for (token, logit) in (0u32..).zip(logits.iter_mut()) {
+                if self.seen.contains(token) {
+                    *logit = if *logit > 0.0 {
+                        *logit / self.repetition_penalty
+                    } else {
+                        *logit * self.repetition_penalty
+                    };
+                }
+            }
+        }
+        if logits.is_empty() || logits.iter().any(|logit| logit.is_nan()) {
+            return None;
+        }
+        if self.is_greedy() {
+            let likelier = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
+            return Some((1..logits.len()).fold(0, likelier) as u32);
+        }
+        let candidates = self.candidates(logits);
+        self.draw_from(&candidates)
+    }
+
+    /// The `top_k` likeliest tokens with their logits, in the rule's order.
+    fn candidates(&self, logits: &[f32]) -> Vec<(u32, f32)> {
+        let mut all: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
+        let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        if self.top_k > 0 && self.top_k < all.len() {
+            all.select_nth_unstable_by(self.top_k - 1, order);
+            all.truncate(self.top_k);
+        }
+        all.sort_unstable_by(order);
+        all
+    }
+
+    /// Steps 4 to 7 of the rule.
+    fn draw_from(&self, candidates: &[(u32, f32)]) -> Option<u32> {
+        let &(_, highest) = candidates.first()?;
+        let weight = |&(_, logit): &(u32, f32)| {
+            // Where the highest is infinite, so is the difference of two that are: weigh them 1.
+            if logit == highest { 1.0 } else { ((logit - highest) / self.temperature).exp() }
+        };
+        let weights: Vec<f32> = candidates.iter().map(weight).collect();
+        let total: f32 = weights.iter().sum();
+        let mut kept = weights.iter().take_while(|w| **w >= self.min_p).count().max(1);
+        let mut sum = 0.0;
+        let reaches = |w: &f32| {
+            sum += w;
+            sum >= self.top_p * total
+        };
+        if let Some(last) = weights[..kept].iter().position(reaches) {
+            kept = last + 1;
+        }
+        let target = self.draw * weights[..kept].iter().sum::<f32>();
+        let mut sum = 0.0;
+        let passes = |w: &f32| {
+            sum += w;
+            sum > target
+        };
+        let chosen = weights[..kept].iter().position(passes).unwrap_or(kept - 1);
+        Some(candidates[chosen].0)
+    }
 }
 
 /// Uniform random numbers from a seed: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
@@ -149,13 +214,17 @@ impl Draws {
 
     /// The next number, in [0, 1), a multiple of 2^-24.
     pub fn draw(&mut self) -> f32 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        (z >> 40) as f32 / (1u32 << 24) as f32
+        (splitmix64(&mut self.state) >> 40) as f32 / (1u32 << 24) as f32
     }
+}
+
+/// One step of SplitMix64: 64 random bits.
+pub(crate) fn splitmix64(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 #[cfg(test)]
@@ -165,8 +234,7 @@ mod tests {
     #[test]
     fn splitmix_gives_its_published_sequence() {
         // The first output of SplitMix64 for seed 0 is 0xe220a8397b1dcdaf.
-        let first = Draws::new(0).draw();
-        assert_eq!(first, (0xe220_a839_7b1d_cdafu64 >> 40) as f32 / (1u32 << 24) as f32);
+        assert_eq!(splitmix64(&mut 0), 0xe220_a839_7b1d_cdaf);
     }
 
     #[test]
@@ -183,5 +251,69 @@ mod tests {
             assert!(sampling.check().is_err(), "{sampling:?}");
         }
         assert!(Sampling::default().check().is_ok());
+    }
+
+    fn choose(logits: &[f32], change: impl FnOnce(&mut SampleStep<'_>)) -> Option<u32> {
+        let seen = TokenSet::new(logits.len());
+        let mut step = SampleStep {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seen: &seen,
+            draw: 0.0,
+        };
+        change(&mut step);
+        step.choose(&mut logits.to_vec())
+    }
+
+    #[test]
+    fn a_draw_follows_the_probabilities() {
+        let logits = [0.5f32.ln(), 0.25f32.ln(), 0.125f32.ln(), 0.125f32.ln()];
+        for (draw, token) in [(0.0, 0), (0.49, 0), (0.51, 1), (0.74, 1), (0.76, 2), (0.9, 3)] {
+            assert_eq!(choose(&logits, |s| s.draw = draw), Some(token), "{draw}");
+        }
+    }
+
+    #[test]
+    fn each_filter_keeps_a_prefix() {
+        let logits = [0.125f32.ln(), 0.5f32.ln(), 0.25f32.ln(), 0.125f32.ln()];
+        let last = 0.999;
+        assert_eq!(choose(&logits, |s| (s.draw, s.top_k) = (last, 2)), Some(2));
+        assert_eq!(choose(&logits, |s| (s.draw, s.top_p) = (last, 0.7)), Some(2));
+        assert_eq!(choose(&logits, |s| (s.draw, s.top_p) = (last, 0.4)), Some(1));
+        assert_eq!(choose(&logits, |s| (s.draw, s.min_p) = (last, 0.4)), Some(2));
+        assert_eq!(choose(&logits, |s| (s.draw, s.min_p) = (last, 1.0)), Some(1));
+        assert_eq!(choose(&logits, |s| (s.draw, s.temperature) = (last, 1e-6)), Some(1));
+        assert_eq!(choose(&logits, |s| (s.draw, s.top_k) = (last, 1)), Some(1));
+        assert_eq!(choose(&logits, |s| s.draw = last), Some(3));
+    }
+
+    #[test]
+    fn equal_logits_go_by_id_and_nan_is_refused() {
+        assert_eq!(choose(&[1.0, 2.0, 2.0], |s| s.temperature = 0.0), Some(1));
+        assert_eq!(choose(&[1.0, f32::NAN], |_| ()), None);
+        assert_eq!(choose(&[1.0, f32::NAN], |s| s.temperature = 0.0), None);
+        assert_eq!(choose(&[f32::NEG_INFINITY, f32::INFINITY], |s| s.draw = 0.9), Some(1));
+    }
+
+    #[test]
+    fn the_penalty_lowers_what_was_seen() {
+        let mut seen = TokenSet::new(3);
+        seen.insert(0);
+        seen.insert(2);
+        let mut logits = [2.0, 1.5, -1.0];
+        let step = SampleStep {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 2.0,
+            seen: &seen,
+            draw: 0.0,
+        };
+        assert_eq!(step.choose(&mut logits), Some(1));
+        assert_eq!(logits, [1.0, 1.5, -2.0]);
     }
 }

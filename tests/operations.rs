@@ -2,6 +2,7 @@
 
 use deltallm::backend::Backend;
 use deltallm::conformance;
+use deltallm::cpu::{Cpu, Kernels};
 use deltallm::reference::Reference;
 
 /// Runs the table and lists all that does not pass.
@@ -24,4 +25,16 @@ fn conforms<B: Backend>(backend: &B) {
 #[test]
 fn the_reference_conforms() {
     conforms(&Reference::new());
+}
+
+/// With one thread and with several, on all instructions that this machine has.
+#[test]
+fn the_cpu_conforms() {
+    for kernels in Kernels::available() {
+        for threads in [1, 3] {
+            conforms(
+                &Cpu::with_kernels(Some(threads), kernels).expect("the kernels are available"),
+            );
+        }
+    }
 }

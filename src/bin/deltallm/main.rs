@@ -1,2 +1,45 @@
-//! x
-fn main() {}
+//! The command line: it parses, prints and exits; everything else is the library's.
+
+mod args;
+mod devices;
+mod generate;
+mod inspect;
+mod logits;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Language models on the GPU that you already own.
+#[derive(Parser)]
+#[command(name = "deltallm", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue a text, printed as it comes
+    Generate(generate::Args),
+    /// List the GPUs with driver, limits and abilities, and say which would be chosen
+    Devices(devices::Args),
+    /// Show a model directory: architecture, tensors, and the memory that a context needs
+    Inspect(inspect::Args),
+    /// Write the f32 logits of every position, to compare with other engines
+    Logits(logits::Args),
+}
+
+fn main() -> ExitCode {
+    // RUST_LOG overrides; drivers are chatty below an error.
+    let filter = env_logger::Env::default().default_filter_or("warn,wgpu=error,naga=error");
+    env_logger::Builder::from_env(filter).init();
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate::run(&args),
+        Command::Devices(args) => devices::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Logits(args) => logits::run(&args),
+    };
+    output::exit(result)
+}

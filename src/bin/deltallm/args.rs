@@ -1,0 +1,125 @@
+//! The options of every command that runs a model.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use deltallm::backend::CacheFormat;
+use deltallm::checkpoint::synthetic::Synthetic;
+use deltallm::model::WeightFormat;
+use deltallm::{Cancel, DeviceChoice, Error, Model, ModelOptions};
+
+use crate::output::load_bar;
+
+/// Which model, on which device, in which formats.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// Model directory: config.json, model.safetensors (or an index and shards), tokenizer.json.
+    /// Without it a tiny model with random weights runs, whose text is noise
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+
+    /// auto, gpu, cpu, reference, or part of an adapter's name as `deltallm devices` shows it
+    #[arg(long, default_value_t)]
+    pub device: DeviceChoice,
+
+    /// Format of float weights on the device
+    #[arg(long, value_enum, default_value_t = Weights::Stored)]
+    pub weights: Weights,
+
+    /// Format of cached keys and values
+    #[arg(long, value_enum, default_value_t = Cache::F16)]
+    pub cache: Cache,
+
+    /// Threads of the CPU backend [default: one a core]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// Format of float weights.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Weights {
+    /// As in the file: bf16, f16 or f32
+    Stored,
+    /// 8 bits in blocks of 32
+    Q8,
+}
+
+impl From<Weights> for WeightFormat {
+    fn from(weights: Weights) -> Self {
+        match weights {
+            Weights::Stored => Self::Stored,
+            Weights::Q8 => Self::Q8,
+        }
+    }
+}
+
+/// Format of the cache.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Cache {
+    /// Half precision
+    F16,
+    /// 32 bits, for comparing with other engines
+    F32,
+}
+
+impl From<Cache> for CacheFormat {
+    fn from(cache: Cache) -> Self {
+        match cache {
+            Cache::F16 => Self::F16,
+            Cache::F32 => Self::F32,
+        }
+    }
+}
+
+/// An open model, with the directory that it was made in if it was made up.
+pub struct OpenModel {
+    pub model: Model,
+    /// What was opened, for people.
+    pub name: String,
+    /// Removed when the model is.
+    _made_up: Option<tempfile::TempDir>,
+}
+
+impl ModelArgs {
+    /// Opens the model with a progress bar, and says on standard error what the user did not ask
+    /// for: made-up weights, or the CPU.
+    pub fn open(&self, cancel: &Cancel) -> Result<OpenModel, Error> {
+        let options = ModelOptions {
+            device: self.device.clone(),
+            weights: self.weights.into(),
+            threads: self.threads,
+            ..ModelOptions::default()
+        };
+        let (dir, made_up) = match &self.model {
+            Some(dir) => (dir.clone(), None),
+            None => {
+                let made_up = make_up()?;
+                eprintln!(
+                    "no --model: running a tiny model with random weights; its text is noise"
+                );
+                (made_up.path().to_owned(), Some(made_up))
+            }
+        };
+        let model = Model::open_with_progress(&dir, &options, load_bar(cancel))?;
+        if let Some(reason) = model.fallback() {
+            eprintln!("{reason}: using the CPU ({})", model.device().driver);
+        }
+        let name = match self.model {
+            Some(_) => dir.display().to_string(),
+            None => "random weights".to_owned(),
+        };
+        Ok(OpenModel { model, name, _made_up: made_up })
+    }
+}
+
+fn make_up() -> Result<tempfile::TempDir, Error> {
+    let parent = std::env::temp_dir();
+    let dir = tempfile::Builder::new()
+        .prefix("deltallm-")
+        .tempdir_in(&parent)
+        .map_err(|source| Error::Io { path: parent, source })?;
+    if let Some(tiny) = Synthetic::named("tiny") {
+        tiny.write(dir.path())?;
+    }
+    Ok(dir)
+}

@@ -1,0 +1,251 @@
+//! `deltallm generate`: continue a text.
+
+use std::fs;
+use std::io::{self, IsTerminal, Read, Write};
+use std::path::PathBuf;
+
+use deltallm::model::MemoryUse;
+use deltallm::{
+    Cancel, DEFAULT_CONTEXT, Error, FinishReason, GenerateOptions, Model, Sampling, Session,
+    SessionOptions, Timings,
+};
+use serde_json::json;
+
+use crate::args::ModelArgs;
+use crate::output::{Failure, Outcome, bytes, stop_on_interrupt};
+
+/// Options of `generate`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The text to continue; `-` or nothing reads it from standard input
+    prompt: Option<String>,
+
+    /// Read the text to continue from a file
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    file: Option<PathBuf>,
+
+    #[command(flatten)]
+    model: ModelArgs,
+
+    /// Tokens that the text may have in all [default: 4096, or what prompt and --max-tokens need]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+
+    /// Tokens to make at most
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
+    max_tokens: usize,
+
+    /// Randomness: 0 always takes the likeliest token [default: 0, or 1 with another sampling option]
+    #[arg(short, long)]
+    temperature: Option<f32>,
+
+    /// Draw from the K likeliest tokens; 0 from all [default: 40]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+
+    /// Draw from the fewest tokens whose probabilities reach P [default: 0.95]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+
+    /// Draw from tokens at least P times as likely as the likeliest [default: 0]
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+
+    /// Make tokens that were there already less likely; 1 does nothing
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    repetition_penalty: f32,
+
+    /// The same seed gives the same text [default: 0]
+    #[arg(long)]
+    seed: Option<u64>,
+
+    /// Stop before this text comes up; may be given more than once
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+
+    /// Go on after the model's end-of-sequence token
+    #[arg(long)]
+    ignore_eos: bool,
+
+    /// Print the prompt before its continuation
+    #[arg(long, conflicts_with = "json")]
+    echo: bool,
+
+    /// Print device, times and memory to standard error
+    #[arg(short, long)]
+    verbose: bool,
+
+    /// Print one JSON object at the end instead of the text
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Outcome {
+    let sampling = args.sampling();
+    sampling.check()?;
+    let prompt = args.prompt()?;
+    let cancel = Cancel::default();
+    stop_on_interrupt(cancel.clone());
+    let opened = args.model.open(&cancel)?;
+    let model = &opened.model;
+
+    let ids = model.tokenizer().encode(&prompt)?;
+    let context = args.context.unwrap_or_else(|| {
+        let needed = ids.len().saturating_add(args.max_tokens);
+        needed.max(DEFAULT_CONTEXT).min(model.config().context)
+    });
+    let options = SessionOptions { context: Some(context), cache: args.model.cache.into() };
+    let mut session = Session::new(model, &options)?;
+    session.cancel_with(cancel);
+
+    let options = GenerateOptions {
+        sampling,
+        max_tokens: args.max_tokens,
+        stop: args.stop.clone(),
+        ignore_eos: args.ignore_eos,
+    };
+    let mut out = io::stdout().lock();
+    if args.echo {
+        write!(out, "{prompt}")?;
+        out.flush()?;
+    }
+    let mut generation = session.generate(&ids, &options)?;
+    let (mut new_ids, mut text) = (Vec::new(), String::new());
+    for piece in &mut generation {
+        let piece = piece?;
+        new_ids.extend(piece.token);
+        text.push_str(&piece.text);
+        if !args.json {
+            out.write_all(piece.text.as_bytes())?;
+            out.flush()?;
+        }
+    }
+    let finish = generation.finish_reason().cloned().unwrap_or(FinishReason::Cancelled);
+    let timings = generation.timings();
+    let memory = session.memory();
+    if args.json {
+        let object = json!({
+            "model": opened.name,
+            "prompt_ids": ids,
+            "ids": new_ids,
+            "text": text,
+            "finish_reason": finish.name(),
+            "device": describe(model),
+            "timings": {
+                "load_s": model.load_time().as_secs_f64(),
+                "prompt_tokens": timings.prompt_tokens,
+                "prefill_s": timings.prefill.as_secs_f64(),
+                "prefill_tokens_per_s": timings.prefill_rate(),
+                "new_tokens": timings.new_tokens,
+                "decode_s": timings.decode.as_secs_f64(),
+                "decode_tokens_per_s": timings.decode_rate(),
+            },
+            "bytes": {
+                "weights": memory.weights,
+                "cache": memory.cache,
+                "activations": memory.activations,
+                "scratch": memory.scratch,
+            },
+        });
+        writeln!(out, "{object}")?;
+    } else {
+        writeln!(out)?;
+    }
+    if args.verbose {
+        report(model, &timings, &memory, session.context(), &finish);
+    }
+    match finish {
+        FinishReason::Cancelled => Err(Failure::Interrupted),
+        _ => Ok(()),
+    }
+}
+
+impl Args {
+    /// Greedy, unless an option that only matters to drawing is given.
+    fn sampling(&self) -> Sampling {
+        let drawing = self.top_k.is_some()
+            || self.top_p.is_some()
+            || self.min_p.is_some()
+            || self.seed.is_some();
+        let default = Sampling::default();
+        Sampling {
+            temperature: self.temperature.unwrap_or(if drawing { 1.0 } else { 0.0 }),
+            top_k: self.top_k.unwrap_or(default.top_k),
+            top_p: self.top_p.unwrap_or(default.top_p),
+            min_p: self.min_p.unwrap_or(default.min_p),
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed.unwrap_or(default.seed),
+        }
+    }
+
+    fn prompt(&self) -> Result<String, Error> {
+        let (path, bytes) = match (&self.file, self.prompt.as_deref()) {
+            (Some(path), _) => (path.clone(), fs::read(path)),
+            (None, Some(text)) if text != "-" => return Ok(text.to_owned()),
+            (None, _) => {
+                if io::stdin().is_terminal() {
+                    eprintln!("reading the prompt from standard input; end it with Ctrl-D");
+                }
+                let mut bytes = Vec::new();
+                let read = io::stdin().read_to_end(&mut bytes);
+                (PathBuf::from("standard input"), read.map(|_| bytes))
+            }
+        };
+        let bytes = bytes.map_err(|source| Error::Io { path: path.clone(), source })?;
+        String::from_utf8(bytes).map_err(|error| Error::Malformed {
+            path,
+            message: format!("is not UTF-8: {}", error.utf8_error()),
+        })
+    }
+}
+
+fn describe(model: &Model) -> serde_json::Value {
+    let device = model.device();
+    json!({
+        "name": device.name,
+        "kind": device.kind.name(),
+        "backend": device.backend,
+        "driver": device.driver,
+        "features": device.features,
+    })
+}
+
+fn report(
+    model: &Model,
+    timings: &Timings,
+    memory: &MemoryUse,
+    context: usize,
+    finish: &FinishReason,
+) {
+    let device = model.device();
+    let rate = |rate: f64| format!("{rate:.2} tokens/s");
+    eprintln!();
+    eprintln!("device    {} ({}, {})", device.name, device.kind.name(), device.backend);
+    eprintln!("driver    {}", device.driver);
+    if !device.features.is_empty() {
+        eprintln!("features  {}", device.features.join(", "));
+    }
+    eprintln!("load      {:.2} s", model.load_time().as_secs_f64());
+    eprintln!(
+        "prefill   {} tokens in {:.3} s, {}",
+        timings.prompt_tokens,
+        timings.prefill.as_secs_f64(),
+        rate(timings.prefill_rate())
+    );
+    eprintln!(
+        "decode    {} tokens in {:.3} s, {}",
+        timings.new_tokens.saturating_sub(1),
+        timings.decode.as_secs_f64(),
+        timings.decode_rate().map_or_else(|| "no rate".to_owned(), rate)
+    );
+    eprintln!(
+        "memory    {}: weights {}, cache {} for {context} tokens, activations {}, scratch {}",
+        bytes(memory.total()),
+        bytes(memory.weights),
+        bytes(memory.cache),
+        bytes(memory.activations),
+        bytes(memory.scratch)
+    );
+    eprintln!("finished  {}", finish.name());
+}

@@ -1,0 +1,121 @@
+//! What every command prints in the same way: errors, progress, bytes.
+
+use std::io::{self, IsTerminal};
+use std::ops::ControlFlow;
+use std::process::ExitCode;
+
+use deltallm::model::LoadProgress;
+use deltallm::{Cancel, Error};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Why a command failed.
+pub enum Failure {
+    /// A fault, to be printed.
+    Error(Error),
+    /// Standard output could not be written.
+    Output(io::Error),
+    /// Ctrl-C.
+    Interrupted,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Cancelled => Self::Interrupted,
+            error => Self::Error(error),
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+/// What a command returns.
+pub type Outcome = Result<(), Failure>;
+
+/// Prints what went wrong and turns it into the exit status that a shell expects.
+pub fn exit(outcome: Outcome) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader, such as `head`, has seen enough.
+        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
+        Err(Failure::Output(error)) => {
+            eprintln!("error: standard output: {error}");
+            ExitCode::FAILURE
+        }
+        Err(Failure::Error(error)) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+        Err(Failure::Interrupted) => {
+            eprintln!("interrupted");
+            ExitCode::from(130)
+        }
+    }
+}
+
+/// Makes Ctrl-C stop what runs between two steps; a second one ends the program at once.
+pub fn stop_on_interrupt(cancel: Cancel) {
+    let handler = move || {
+        if cancel.is_cancelled() {
+            std::process::exit(130);
+        }
+        cancel.cancel();
+    };
+    if let Err(error) = ctrlc::set_handler(handler) {
+        log::warn!("Ctrl-C will end the program at once: {error}");
+    }
+}
+
+/// A progress bar for loading a model, on a terminal only.
+pub fn load_bar(cancel: &Cancel) -> impl FnMut(LoadProgress) -> ControlFlow<()> {
+    let bar = ProgressBar::with_draw_target(None, bar_target());
+    let style =
+        ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {bytes_per_sec}");
+    if let Ok(style) = style {
+        bar.set_style(style);
+    }
+    let cancel = cancel.clone();
+    move |progress| {
+        bar.set_length(progress.total);
+        bar.set_position(progress.bytes);
+        if progress.bytes >= progress.total {
+            bar.finish_and_clear();
+        }
+        if cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}
+
+/// A progress bar over tokens, on a terminal only.
+pub fn token_bar(tokens: usize) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(tokens as u64), bar_target());
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} tokens {eta} left");
+    if let Ok(style) = style {
+        bar.set_style(style);
+    }
+    bar
+}
+
+fn bar_target() -> ProgressDrawTarget {
+    if io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    }
+}
+
+/// Bytes for people, in powers of ten as disks and vendors count.
+pub fn bytes(n: u64) -> String {
+    let x = n as f64;
+    match n {
+        0..1_000 => format!("{n} B"),
+        1_000..1_000_000 => format!("{:.1} kB", x / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", x / 1e6),
+        _ => format!("{:.2} GB", x / 1e9),
+    }
+}

@@ -1,0 +1,147 @@
+//! JSON files whose fields are checked one by one, so that an error can name the field.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// No configuration of a real model comes near this; a larger file is not read.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// A JSON object of a file, or of a field in it.
+#[derive(Clone, Debug)]
+pub(crate) struct Object {
+    path: PathBuf,
+    /// The dotted path of this object within the file, with a dot at its end unless empty.
+    prefix: String,
+    fields: Map<String, Value>,
+}
+
+impl Object {
+    /// Reads a file that holds one JSON object.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io(path))?;
+        let mut text = Vec::new();
+        let read = file.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(Error::io(path))?;
+        let malformed = |message: String| Error::Malformed { path: path.to_owned(), message };
+        if read as u64 > MAX_BYTES {
+            return Err(malformed(format!("is larger than {MAX_BYTES} bytes")));
+        }
+        match serde_json::from_slice(&text) {
+            Ok(Value::Object(fields)) => {
+                Ok(Self { path: path.to_owned(), prefix: String::new(), fields })
+            }
+            Ok(_) => Err(malformed("is not a JSON object".into())),
+            Err(error) => Err(malformed(format!("is not valid JSON: {error}"))),
+        }
+    }
+
+    /// Reads a file that need not be there.
+    pub fn read_optional(path: &Path) -> Result<Option<Self>> {
+        match Self::read(path) {
+            Ok(object) => Ok(Some(object)),
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The field's value; `None` where it is absent or null.
+    pub fn get(&self, field: &str) -> Option<&Value> {
+        self.fields.get(field).filter(|value| !value.is_null())
+    }
+
+    /// An error about a field of this object.
+    pub fn error(&self, field: &str, message: impl Into<String>) -> Error {
+        Error::Config {
+            path: self.path.clone(),
+            field: format!("{}{field}", self.prefix),
+            message: message.into(),
+        }
+    }
+
+    /// An error that says that the file asks for something that is not computed.
+    pub fn unsupported(&self, what: impl Into<String>, supported: impl Into<String>) -> Error {
+        Error::Unsupported {
+            path: self.path.clone(),
+            what: what.into(),
+            supported: supported.into(),
+        }
+    }
+
+    /// A field that must be there.
+    pub fn required<T>(&self, field: &str, value: Option<T>) -> Result<T> {
+        value.ok_or_else(|| self.error(field, "is missing"))
+    }
+
+    /// A whole number above 0.
+    pub fn count(&self, field: &str) -> Result<Option<usize>> {
+        self.typed(field, "a whole number from 1 to 2^31", |value| {
+            value.as_u64().filter(|n| (1..=1 << 31).contains(n)).map(|n| n as usize)
+        })
+    }
+
+    /// A finite number above 0.
+    pub fn positive(&self, field: &str) -> Result<Option<f64>> {
+        self.typed(field, "a number above 0", |value| {
+            value.as_f64().filter(|x| *x > 0.0 && x.is_finite())
+        })
+    }
+
+    /// A truth value.
+    pub fn flag(&self, field: &str) -> Result<Option<bool>> {
+        self.typed(field, "true or false", Value::as_bool)
+    }
+
+    /// A string.
+    pub fn text(&self, field: &str) -> Result<Option<&str>> {
+        self.typed(field, "a string", Value::as_str)
+    }
+
+    /// One token id or a list of them; empty where the field is absent.
+    pub fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
+        let id = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
+        let ids = self.typed(field, "a token id or a list of token ids", |value| match value {
+            Value::Array(list) => list.iter().map(id).collect(),
+            one => id(one).map(|id| vec![id]),
+        })?;
+        Ok(ids.unwrap_or_default())
+    }
+
+    /// A nested object.
+    pub fn object(&self, field: &str) -> Result<Option<Object>> {
+        let fields = self.typed(field, "an object", Value::as_object)?;
+        Ok(fields.map(|fields| Object {
+            path: self.path.clone(),
+            prefix: format!("{}{field}.", self.prefix),
+            fields: fields.clone(),
+        }))
+    }
+
+    /// The entries of this object.
+    pub fn entries(&self) -> impl Iterator<Item = (&String, &Value)> {
+        self.fields.iter()
+    }
+
+    fn typed<'a, T>(
+        &'a self,
+        field: &str,
+        expected: &str,
+        read: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let found = || {
+            let text = value.to_string();
+            let text = match text.char_indices().nth(60) {
+                Some((end, _)) => format!("{}...", &text[..end]),
+                None => text,
+            };
+            self.error(field, format!("is {text}, expected {expected}"))
+        };
+        read(value).map(Some).ok_or_else(found)
+    }
+}

@@ -1,0 +1,293 @@
+//! The tensors of a directory: `model.safetensors`, or an index and its shards.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::{Mmap, MmapOptions};
+use safetensors::{Dtype, SafeTensors};
+
+use super::config::Ternary;
+use super::json::Object;
+use super::matrix::{Bytes, FloatType, MatrixSource};
+use crate::error::{Error, Result};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// One file of a checkpoint.
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    file: File,
+}
+
+/// Where a tensor lies, and as what.
+#[derive(Clone, Debug)]
+pub struct TensorInfo {
+    shard: Arc<Shard>,
+    /// The number format as safetensors spells it.
+    pub dtype: Dtype,
+    /// Rows first.
+    pub shape: Vec<usize>,
+    offset: u64,
+    /// Bytes in the file.
+    pub bytes: usize,
+}
+
+/// All tensors of a checkpoint by name. Headers are read, weights only mapped on demand.
+#[derive(Debug)]
+pub struct Tensors {
+    path: PathBuf,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+impl Tensors {
+    /// Reads the headers of a model directory.
+    ///
+    /// # Errors
+    /// Names the file that is missing, truncated or malformed.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let single = dir.join(SINGLE);
+        let index = dir.join(INDEX);
+        let mut tensors = BTreeMap::new();
+        if single.exists() {
+            for (name, info) in read_shard(&single)? {
+                tensors.insert(name, info);
+            }
+            return Ok(Self { path: single, tensors });
+        }
+        let Some(index_file) = Object::read_optional(&index)? else {
+            return Err(no_weights(dir));
+        };
+        let map = index_file.required("weight_map", index_file.object("weight_map")?)?;
+        let mut by_shard: BTreeMap<&str, Vec<&String>> = BTreeMap::new();
+        for (tensor, shard) in map.entries() {
+            let shard = shard.as_str().ok_or_else(|| map.error(tensor, "is not a file name"))?;
+            if !is_plain_name(shard) {
+                return Err(map.error(tensor, format!("{shard:?} is not a plain file name")));
+            }
+            by_shard.entry(shard).or_default().push(tensor);
+        }
+        for (shard, names) in by_shard {
+            let path = dir.join(shard);
+            let mut found = read_shard(&path)?;
+            for name in names {
+                let info = found.remove(name).ok_or_else(|| Error::MissingTensor {
+                    path: path.clone(),
+                    tensor: name.clone(),
+                    note: format!("{INDEX} says that it is in this shard"),
+                })?;
+                tensors.insert(name.clone(), info);
+            }
+        }
+        Ok(Self { path: dir.to_owned(), tensors })
+    }
+
+    /// The file, or the directory when there are several shards.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether there is a tensor of that name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// What is known of a tensor.
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// Every tensor, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
+        self.tensors.iter().map(|(name, info)| (name.as_str(), info))
+    }
+
+    /// Bytes of all tensors in the files.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|info| info.bytes as u64).sum()
+    }
+
+    /// A float matrix `[rows, cols]`, mapped.
+    pub(crate) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<MatrixSource> {
+        let info = self.find(name, &[&[rows, cols]])?;
+        let stored = self.float_type(name, info)?;
+        Ok(MatrixSource::float(name, rows, cols, stored, map(info)?))
+    }
+
+    /// A ternary matrix `[rows, cols]` of a BitNet checkpoint; `name` without `.weight`.
+    pub(crate) fn ternary(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        storage: Ternary,
+    ) -> Result<MatrixSource> {
+        let weight = format!("{name}.weight");
+        if storage == Ternary::Master {
+            let info = self.find(&weight, &[&[rows, cols]])?;
+            let stored = self.float_type(&weight, info)?;
+            return Ok(MatrixSource::master(weight, rows, cols, stored, map(info)?));
+        }
+        if let Some(info) = self.tensors.get(&weight)
+            && info.dtype != Dtype::U8
+        {
+            let expected = "U8 (four packed trits a byte; float master weights need \
+                            quantization_mode \"online\" in config.json)";
+            return Err(self.wrong_type(&weight, info, expected));
+        }
+        if !rows.is_multiple_of(4) {
+            return Err(Error::Unsupported {
+                path: self.path.clone(),
+                what: format!("packed tensor {weight:?} with {rows} output rows"),
+                supported: "a multiple of 4 is".into(),
+            });
+        }
+        let info = self.find(&weight, &[&[rows / 4, cols]])?;
+        let stored_scale = self.scalar(&format!("{name}.weight_scale"))?;
+        let scale = match storage {
+            Ternary::PackedDivide => 1.0 / stored_scale,
+            _ => stored_scale,
+        };
+        Ok(MatrixSource::packed(weight, rows, cols, map(info)?, scale))
+    }
+
+    /// A vector `[width]` of finite values, such as a norm's weight.
+    pub(crate) fn vector(&self, name: &str, width: usize) -> Result<Vec<f32>> {
+        let info = self.find(name, &[&[width]])?;
+        self.floats(name, info)
+    }
+
+    /// A single finite number other than 0, of shape `[1]` or `[]`.
+    fn scalar(&self, name: &str) -> Result<f32> {
+        let info = self.find(name, &[&[1], &[]])?;
+        let value = self.floats(name, info)?[0];
+        if value == 0.0 {
+            return Err(self.wrong_value(name, info, "is 0"));
+        }
+        Ok(value)
+    }
+
+    fn floats(&self, name: &str, info: &TensorInfo) -> Result<Vec<f32>> {
+        let stored = self.float_type(name, info)?;
+        let mut values = vec![0.0; info.bytes / stored.bytes()];
+        stored.decode(&map(info)?, &mut values);
+        match values.iter().position(|value| !value.is_finite()) {
+            Some(at) => {
+                let message = format!("element {at} is {}", values[at]);
+                Err(self.wrong_value(name, info, &message))
+            }
+            None => Ok(values),
+        }
+    }
+
+    /// The tensor, if it has one of the shapes; the first is the one that an error expects.
+    fn find(&self, name: &str, shapes: &[&[usize]]) -> Result<&TensorInfo> {
+        let info = self.tensors.get(name).ok_or_else(|| Error::MissingTensor {
+            path: self.path.clone(),
+            tensor: name.to_owned(),
+            note: String::new(),
+        })?;
+        if shapes.contains(&info.shape.as_slice()) {
+            return Ok(info);
+        }
+        Err(Error::TensorShape {
+            path: info.shard.path.clone(),
+            tensor: name.to_owned(),
+            found: info.shape.clone(),
+            expected: shapes[0].to_vec(),
+        })
+    }
+
+    fn float_type(&self, name: &str, info: &TensorInfo) -> Result<FloatType> {
+        match info.dtype {
+            Dtype::F32 => Ok(FloatType::F32),
+            Dtype::F16 => Ok(FloatType::F16),
+            Dtype::BF16 => Ok(FloatType::BF16),
+            _ => Err(self.wrong_type(name, info, "F32, F16 or BF16")),
+        }
+    }
+
+    fn wrong_type(&self, name: &str, info: &TensorInfo, expected: &str) -> Error {
+        Error::TensorType {
+            path: info.shard.path.clone(),
+            tensor: name.to_owned(),
+            found: format!("{:?}", info.dtype),
+            expected: expected.to_owned(),
+        }
+    }
+
+    fn wrong_value(&self, name: &str, info: &TensorInfo, message: &str) -> Error {
+        Error::TensorValue {
+            path: info.shard.path.clone(),
+            tensor: name.to_owned(),
+            message: message.to_owned(),
+        }
+    }
+}
+
+/// Reads the header of one safetensors file and checks it against the file's length.
+fn read_shard(path: &Path) -> Result<BTreeMap<String, TensorInfo>> {
+    let malformed = |message: String| Error::Malformed { path: path.to_owned(), message };
+    let file = File::open(path).map_err(Error::io(path))?;
+    let length = file.metadata().map_err(Error::io(path))?.len();
+    if length == 0 {
+        return Err(malformed("is empty".into()));
+    }
+    // Only the header's pages are read; the map goes at the end of this function.
+    let whole = map_file(path, &file, 0, length as usize)?;
+    if whole.starts_with(b"version https://git-lfs") {
+        let message = "is a Git LFS pointer, not the weights: run `git lfs pull` in its directory";
+        return Err(malformed(message.into()));
+    }
+    let (header, metadata) = SafeTensors::read_metadata(&whole)
+        .map_err(|error| malformed(format!("is not a whole safetensors file: {error}")))?;
+    let shard = Arc::new(Shard { path: path.to_owned(), file });
+    let data = 8 + header as u64;
+    let entry = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
+        let (start, end) = info.data_offsets;
+        let info = TensorInfo {
+            shard: shard.clone(),
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            offset: data + start as u64,
+            bytes: end - start,
+        };
+        (name, info)
+    };
+    Ok(metadata.tensors().into_iter().map(entry).collect())
+}
+
+fn map(info: &TensorInfo) -> Result<Bytes> {
+    let Shard { path, file } = &*info.shard;
+    map_file(path, file, info.offset, info.bytes).map(Bytes::mapped)
+}
+
+fn map_file(path: &Path, file: &File, offset: u64, length: usize) -> Result<Mmap> {
+    // SAFETY: the map is only read. If another process truncates the file meanwhile, reading it
+    // raises SIGBUS, and if it writes to it, weights change under us: both would need a copy of
+    // the whole model in memory to prevent, which this engine must not make.
+    unsafe { MmapOptions::new().offset(offset).len(length).map(file) }.map_err(Error::io(path))
+}
+
+fn is_plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
+}
+
+/// There is no weight file that we read: say what there is instead.
+fn no_weights(dir: &Path) -> Error {
+    let old = dir.join("pytorch_model.bin");
+    let message = if !dir.is_dir() {
+        "is not a directory; a model is a directory with config.json, model.safetensors and \
+         tokenizer.json"
+            .to_owned()
+    } else if old.exists() {
+        format!("has pytorch_model.bin, but neither {SINGLE} nor {INDEX}: save it as safetensors")
+    } else {
+        format!("has neither {SINGLE} nor {INDEX}")
+    };
+    Error::Malformed { path: dir.to_owned(), message }
+}

@@ -1,0 +1,243 @@
+//! Float and 8-bit weights times float activations.
+//!
+//! A few tokens are bound by memory: each weight is decoded where it is used, in registers. For
+//! more, a strip of rows is decoded once into a buffer that fits the second-level cache, and all
+//! tokens pass by it.
+
+use std::marker::PhantomData;
+
+use super::simd::{BLOCK, Kernel, Simd};
+use super::strips::{Strip, cut};
+use super::tensor::{Aligned, Tensor};
+use super::weights::{BFloat16, Float16, Float32, Levels8, Row, Weight};
+use super::{Machine, Matrix, Scratch};
+use crate::backend::MatrixFormat;
+
+/// Bytes of encoded weights in a strip where nothing is decoded ahead.
+const STRIP_BYTES: usize = 64 * 1024;
+
+/// Rows of a strip that is decoded.
+const DECODED_ROWS: usize = 32;
+
+/// Columns that are decoded at once: a tile of tokens of these keeps its place in the nearest
+/// cache while the decoded rows pass by, though widths that are powers of two put all rows into
+/// the same few sets of it.
+const DECODED_COLS: usize = 512;
+
+/// Tokens from which decoding ahead pays.
+const DECODED_TOKENS: usize = 8;
+
+/// `out = x W^T` or `out += x W^T`; see [`crate::backend::Operations::linear`].
+pub(super) fn linear(
+    machine: &Machine,
+    scratch: &Scratch,
+    x: &Tensor,
+    parts: &[Matrix],
+    out: &mut Tensor,
+    add: bool,
+) {
+    let (tokens, cols) = (x.rows(), x.width());
+    assert!(parts.iter().all(|part| part.cols == cols), "input width");
+    let pieces: Vec<usize> = parts.iter().map(|part| part.rows).collect();
+    let rows: usize = pieces.iter().sum();
+    let height = if tokens < DECODED_TOKENS {
+        machine.strip_height(rows, parts.first().map_or(1, Matrix::row_bytes), STRIP_BYTES)
+    } else {
+        DECODED_ROWS
+    };
+    let strips = cut(out.floats_mut(), tokens, &pieces, 1, |_| height);
+    let small = rows * cols * tokens < 8 * 1024;
+    machine.each_of(small, strips, |worker, Strip { piece, first, columns }| {
+        let product = Product {
+            matrix: &parts[piece],
+            first,
+            x: x.floats(),
+            out: columns,
+            add,
+            scratch: &mut scratch.of(worker),
+        };
+        let level = machine.level;
+        match parts[piece].format {
+            MatrixFormat::F32 => level.run(Typed::<Float32>(product, PhantomData)),
+            MatrixFormat::F16 => level.run(Typed::<Float16>(product, PhantomData)),
+            MatrixFormat::BF16 => level.run(Typed::<BFloat16>(product, PhantomData)),
+            MatrixFormat::Q8 => level.run(Typed::<Levels8>(product, PhantomData)),
+            MatrixFormat::Ternary => panic!("ternary weights multiply Int8 tensors"),
+        }
+    });
+}
+
+/// One strip.
+struct Product<'a> {
+    matrix: &'a Matrix,
+    /// The strip's first row.
+    first: usize,
+    /// `[T, cols]`.
+    x: &'a [f32],
+    /// `[T]` slices of the strip's rows.
+    out: Vec<&'a mut [f32]>,
+    add: bool,
+    scratch: &'a mut Aligned<f32>,
+}
+
+/// One strip of weights `W`.
+struct Typed<'a, W>(Product<'a>, PhantomData<W>);
+
+impl<W: Weight> Kernel for Typed<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Product { matrix, first, x, mut out, add, scratch } = self.0;
+        let (cols, tokens) = (matrix.cols, out.len());
+        let rows = out.first().map_or(0, |out| out.len());
+        if tokens < DECODED_TOKENS {
+            let row = |r: usize| Row::<W>::new(matrix.row(first + r), matrix.row_scales(first + r));
+            let x = |t: usize| &x[t * cols..][..cols];
+            multiply(simd, rows, tokens, matrix.row_bytes(), row, x, |t, r, y| {
+                let out = &mut out[t][r];
+                *out = if add { *out + y } else { y };
+            });
+            return;
+        }
+
+        let stride = cols.min(DECODED_COLS).next_multiple_of(BLOCK);
+        scratch.grow(rows * (stride + tokens));
+        let (decoded, sums) = scratch[..rows * (stride + tokens)].split_at_mut(rows * stride);
+        sums.fill(0.0);
+        for start in (0..cols).step_by(DECODED_COLS) {
+            let len = DECODED_COLS.min(cols - start);
+            for (r, decoded) in decoded.chunks_exact_mut(stride).enumerate() {
+                let (scales, bytes) = (matrix.row_scales(first + r), matrix.element_bytes());
+                let encoded = &matrix.row(first + r)[start * bytes..][..len * bytes];
+                // What is needed next, while all tokens pass by what is decoded here.
+                for line in (0..encoded.len()).step_by(64) {
+                    simd.prefetch(encoded, encoded.len() + line);
+                }
+                let scales = &scales[(start / BLOCK).min(scales.len())..];
+                let row = Row::<W>::new(encoded, scales);
+                row.decode(simd, decoded.as_chunks_mut().0);
+            }
+            // The buffer holds native floats, which `Float32` reads on all little-endian machines.
+            let row = |r: usize| {
+                let row = &decoded[r * stride..][..len];
+                Row::<Float32>::new(bytemuck::cast_slice(row), &[])
+            };
+            let x = |t: usize| &x[t * cols + start..][..len];
+            multiply(simd, rows, tokens, 0, row, x, |t, r, y| sums[t * rows + r] += y);
+        }
+        for (out, sums) in out.into_iter().zip(sums.chunks_exact(rows)) {
+            for (out, y) in out.iter_mut().zip(sums) {
+                *out = if add { *out + y } else { *y };
+            }
+        }
+    }
+}
+
+#[cfg(target_endian = "big")]
+compile_error!("the CPU backend computes on little-endian files as they are");
+
+/// Gives `emit` the product of each of `rows` with each of `tokens`: token, row, sum.
+///
+/// Rows that come from memory and not from a cache lie `stride` bytes apart; else it is 0.
+#[inline(always)]
+fn multiply<'a, S: Simd, W: Weight + 'a>(
+    simd: S,
+    rows: usize,
+    tokens: usize,
+    stride: usize,
+    row: impl Fn(usize) -> Row<'a, W>,
+    x: impl Fn(usize) -> &'a [f32],
+    mut emit: impl FnMut(usize, usize, f32),
+) {
+    let mut token = 0;
+    // A tile of tokens stays in the nearest cache while the rows pass by.
+    while token < tokens {
+        let tile = if tokens - token >= S::TILE { S::TILE } else { 1 };
+        let mut first = 0;
+        while first < rows {
+            let height = if rows - first >= 4 { 4 } else { 1 };
+            match (height, tile) {
+                (4, 4) => tile_of::<S, W, 4, 4>(simd, first, token, stride, &row, &x, &mut emit),
+                (4, 2) => tile_of::<S, W, 4, 2>(simd, first, token, stride, &row, &x, &mut emit),
+                (4, _) => tile_of::<S, W, 4, 1>(simd, first, token, stride, &row, &x, &mut emit),
+                (_, 4) => tile_of::<S, W, 1, 4>(simd, first, token, stride, &row, &x, &mut emit),
+                (_, 2) => tile_of::<S, W, 1, 2>(simd, first, token, stride, &row, &x, &mut emit),
+                _ => tile_of::<S, W, 1, 1>(simd, first, token, stride, &row, &x, &mut emit),
+            }
+            first += height;
+        }
+        token += tile;
+    }
+}
+
+/// The sums of `R` rows (1 or 4) and `T` tokens.
+#[inline(always)]
+fn tile_of<'a, S: Simd, W: Weight + 'a, const R: usize, const T: usize>(
+    simd: S,
+    first: usize,
+    token: usize,
+    stride: usize,
+    row: &impl Fn(usize) -> Row<'a, W>,
+    x: &impl Fn(usize) -> &'a [f32],
+    emit: &mut impl FnMut(usize, usize, f32),
+) {
+    let w: [Row<'a, W>; R] = std::array::from_fn(|r| row(first + r));
+    let x: [_; T] = std::array::from_fn(|t| x(token + t).as_chunks::<BLOCK>());
+    // Slices of equal length, and known to be so: the loop below checks no index.
+    let blocks = w[0].whole().len();
+    let whole_w: [_; R] = std::array::from_fn(|r| &w[r].whole()[..blocks]);
+    let whole_x: [_; T] = std::array::from_fn(|t| &x[t].0[..blocks]);
+    let mut sums = [[simd.splat(0.0); 4]; T];
+    for block in 0..blocks {
+        if stride > 0 {
+            // The same place of the next rows: processors foresee poorly what lies ahead in
+            // several short streams.
+            for r in 0..R {
+                let raw = whole_w[r][block].as_ref();
+                for line in (0..raw.len()).step_by(64) {
+                    simd.prefetch(raw, R * stride + line);
+                }
+            }
+        }
+        let w: [_; R] = std::array::from_fn(|r| (&whole_w[r][block], w[r].scale(block)));
+        let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
+        multiply_block::<S, W, R, T>(simd, w, x, &mut sums);
+    }
+    if !w[0].is_whole() {
+        let rest: [_; T] = std::array::from_fn(|t| {
+            let mut block = [0.0; BLOCK];
+            block[..x[t].1.len()].copy_from_slice(x[t].1);
+            block
+        });
+        let w: [_; R] = std::array::from_fn(|r| (w[r].rest(), w[r].scale(blocks)));
+        multiply_block::<S, W, R, T>(simd, w, rest.each_ref(), &mut sums);
+    }
+    for (t, &sums) in sums.iter().enumerate() {
+        for (r, &sum) in simd.sum4(sums).iter().take(R).enumerate() {
+            emit(token + t, first + r, sum);
+        }
+    }
+}
+
+/// Adds the products of one block.
+#[inline(always)]
+fn multiply_block<S: Simd, W: Weight, const R: usize, const T: usize>(
+    simd: S,
+    w: [(&W::Raw, u16); R],
+    x: [&[f32; BLOCK]; T],
+    sums: &mut [[S::Floats; 4]; T],
+) {
+    for i in 0..BLOCK / S::LANES {
+        let mut weights = [simd.splat(0.0); R];
+        for r in 0..R {
+            weights[r] = W::load(simd, w[r].0, w[r].1, i);
+        }
+        for t in 0..T {
+            let x = simd.load(x[t], i);
+            for r in 0..R {
+                sums[t][r] = simd.fma(weights[r], x, sums[t][r]);
+            }
+        }
+    }
+}

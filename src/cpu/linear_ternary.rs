@@ -1,0 +1,204 @@
+//! Ternary weights times 8-bit activations, with exact sums.
+//!
+//! The packed layout of [`crate::checkpoint::MatrixSource`] suits vectors as it is: 64 bytes of a
+//! packed row are 64 columns of four output rows, so that a load, four masks and four dot products
+//! with the same 64 activations make 256 products. The matrix is used where it lies in the file.
+//!
+//! A field holds weight + 1, so that the sum of the activations is subtracted in the end.
+
+use super::simd::{Kernel, Simd, TERNARY_BLOCK};
+use super::strips::{Strip, cut};
+use super::tensor::Tensor;
+use super::{Machine, Matrix};
+
+/// Bytes of packed weights in a strip: they stay in the cache while tokens pass by.
+const STRIP_BYTES: usize = 48 * 1024;
+
+/// `out = x W^T` or `out += x W^T`; see [`crate::backend::Operations::linear`].
+pub(super) fn linear(machine: &Machine, x: &Tensor, parts: &[Matrix], out: &mut Tensor, add: bool) {
+    let (tokens, cols) = (x.rows(), x.width());
+    let x = x.int8();
+    // The four fields of each matrix.
+    let mut pieces = Vec::with_capacity(4 * parts.len());
+    for part in parts {
+        assert_eq!(part.cols, cols, "input width");
+        let quarter = part.rows.div_ceil(4);
+        pieces.extend((0..4).map(|field| part.rows.saturating_sub(field * quarter).min(quarter)));
+    }
+    let packed_rows: usize = pieces.iter().step_by(4).sum();
+    let height = machine.strip_height(packed_rows, cols, STRIP_BYTES);
+    let strips = cut(out.floats_mut(), tokens, &pieces, 4, |_| height);
+    let small = packed_rows * cols * tokens < 8 * 1024;
+    machine.each_of(small, strips, |_worker, Strip { piece, first, columns }| {
+        let part = &parts[piece / 4];
+        let rows = columns[0].len();
+        machine.level.run(Product {
+            packed: &part.values[first * cols..][..rows * cols],
+            cols,
+            scale: part.scale,
+            x: &x.values[..tokens * cols],
+            x_scales: &x.scales[..tokens],
+            x_sums: &x.sums[..tokens],
+            out: columns,
+            add,
+        });
+    });
+}
+
+/// One strip.
+struct Product<'a> {
+    /// `[rows, cols]`, four output rows in a byte.
+    packed: &'a [u8],
+    cols: usize,
+    scale: f32,
+    /// `[T, cols]`.
+    x: &'a [i8],
+    /// `[T]`.
+    x_scales: &'a [f32],
+    /// `[T]`.
+    x_sums: &'a [i32],
+    /// `[T, 4]` slices of `rows`; those of the last fields may be shorter.
+    out: Vec<&'a mut [f32]>,
+    add: bool,
+}
+
+impl Kernel for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let (tokens, rows) = (self.x_scales.len(), self.packed.len() / self.cols);
+        let mut token = 0;
+        // A tile of tokens stays in the nearest cache while the strip's rows pass by.
+        while S::TILE >= 4 && tokens - token >= 4 {
+            for row in 0..rows {
+                self.tile::<S, 1, 4>(simd, row, token);
+            }
+            token += 4;
+        }
+        while tokens - token >= 2 {
+            for row in 0..rows {
+                self.tile::<S, 1, 2>(simd, row, token);
+            }
+            token += 2;
+        }
+        if token < tokens {
+            let mut row = 0;
+            // Two rows at once hide the latency of the sums.
+            while S::TILE >= 4 && rows - row >= 4 {
+                self.tile::<S, 4, 1>(simd, row, token);
+                row += 4;
+            }
+            while rows - row >= 2 {
+                self.tile::<S, 2, 1>(simd, row, token);
+                row += 2;
+            }
+            if row < rows {
+                self.tile::<S, 1, 1>(simd, row, token);
+            }
+        }
+    }
+}
+
+impl Product<'_> {
+    /// `R` packed rows times `T` tokens.
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const T: usize>(&mut self, simd: S, row: usize, token: usize) {
+        let cols = self.cols;
+        let packed: [_; R] = std::array::from_fn(|r| {
+            self.packed[(row + r) * cols..][..cols].as_chunks::<TERNARY_BLOCK>()
+        });
+        let x: [_; T] = std::array::from_fn(|t| {
+            self.x[(token + t) * cols..][..cols].as_chunks::<TERNARY_BLOCK>()
+        });
+        let blocks = cols / TERNARY_BLOCK;
+        // Slices of equal length, and known to be so: the loop below checks no index.
+        let whole_packed: [_; R] = std::array::from_fn(|r| &packed[r].0[..blocks]);
+        let whole_x: [_; T] = std::array::from_fn(|t| &x[t].0[..blocks]);
+        let mut totals = [[[0i32; 4]; T]; R];
+        let mut start = 0;
+        while start < blocks {
+            let end = blocks.min(start + S::DOT_BLOCKS.min(blocks));
+            let mut sums = [[[simd.no_sums(); 4]; T]; R];
+            for block in start..end {
+                if T == 1 {
+                    // The same place of the next rows: processors foresee poorly what lies ahead in
+                    // several short streams.
+                    for r in 0..R {
+                        let next = (row + R + r) * cols + block * TERNARY_BLOCK;
+                        simd.prefetch(self.packed, next);
+                    }
+                }
+                let w: [_; R] = std::array::from_fn(|r| &whole_packed[r][block]);
+                let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
+                multiply(simd, w, x, &mut sums);
+            }
+            add_totals(simd, &sums, &mut totals);
+            start = end;
+        }
+        if cols % TERNARY_BLOCK != 0 {
+            // Activations of zero beyond the end: what the weights are there does not matter.
+            let w: [_; R] = std::array::from_fn(|r| padded(packed[r].1));
+            let x: [_; T] = std::array::from_fn(|t| padded(x[t].1));
+            let mut sums = [[[simd.no_sums(); 4]; T]; R];
+            multiply(simd, w.each_ref(), x.each_ref(), &mut sums);
+            add_totals(simd, &sums, &mut totals);
+        }
+        for (r, totals) in totals.iter().enumerate() {
+            for (t, totals) in totals.iter().enumerate() {
+                let token = token + t;
+                let scale = self.x_scales[token] * self.scale;
+                for (field, total) in totals.iter().enumerate() {
+                    if let Some(out) = self.out[4 * token + field].get_mut(row + r) {
+                        let y = (total - self.x_sums[token]) as f32 * scale;
+                        *out = if self.add { *out + y } else { y };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of one block.
+#[inline(always)]
+fn multiply<S: Simd, const R: usize, const T: usize>(
+    simd: S,
+    packed: [&[u8; TERNARY_BLOCK]; R],
+    x: [&[i8; TERNARY_BLOCK]; T],
+    sums: &mut [[[S::Sums; 4]; T]; R],
+) {
+    for i in 0..TERNARY_BLOCK / S::BYTES {
+        for r in 0..R {
+            let fields = simd.fields(packed[r], i);
+            for t in 0..T {
+                let x = simd.bytes(x[t], i);
+                for field in 0..4 {
+                    sums[r][t][field] = simd.dot(sums[r][t][field], fields[field], x);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn add_totals<S: Simd, const R: usize, const T: usize>(
+    simd: S,
+    sums: &[[[S::Sums; 4]; T]; R],
+    totals: &mut [[[i32; 4]; T]; R],
+) {
+    for r in 0..R {
+        for t in 0..T {
+            let four = simd.total4(sums[r][t]);
+            for field in 0..4 {
+                totals[r][t][field] += four[field] >> S::FIELD_SHIFTS[field];
+            }
+        }
+    }
+}
+
+/// A block that ends in zeros.
+fn padded<N: Copy + Default>(rest: &[N]) -> [N; TERNARY_BLOCK] {
+    let mut block = [N::default(); TERNARY_BLOCK];
+    block[..rest.len()].copy_from_slice(rest);
+    block
+}

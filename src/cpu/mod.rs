@@ -1,0 +1,301 @@
+//! The CPU backend: threads and SIMD, on weights where they lie in the file.
+//!
+//! Each operation has a file of its name, as each has a shader. Kernels are written once over
+//! [`simd`]'s vectors and are compiled for each set of instructions; which one runs is decided
+//! when a [`Cpu`] is made.
+//!
+//! # Panics
+//! Operations panic where shapes or formats break the contract of [`crate::backend`].
+
+mod attention;
+mod embed;
+mod gate;
+mod linear_float;
+mod linear_ternary;
+mod norm;
+mod rope_append;
+mod rows;
+mod sample;
+mod simd;
+mod stream;
+mod strips;
+mod tensor;
+mod threads;
+mod weights;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use half::f16;
+
+use crate::backend::{
+    AttentionShape, Backend, CacheFormat, DeviceInfo, DeviceKind, Footprint, MatrixFormat,
+    Q8_BLOCK, StreamShape, TensorFormat,
+};
+use crate::checkpoint::{Bytes, MatrixSource};
+use crate::error::{Error, Result};
+
+pub use simd::Kernels;
+pub use stream::Stream;
+pub use tensor::{Cache, Tensor};
+
+use simd::Level;
+use tensor::Aligned;
+use threads::Threads;
+
+/// The CPU as a [`Backend`]. Cheap to clone; clones share their threads.
+#[derive(Clone)]
+pub struct Cpu {
+    machine: Arc<Machine>,
+}
+
+impl Cpu {
+    /// The CPU with its fastest kernels and `threads` threads, one for each core if not given.
+    ///
+    /// # Errors
+    /// If threads cannot be started.
+    pub fn new(threads: Option<usize>) -> Result<Self> {
+        let fastest = Kernels::available().pop().unwrap_or(Kernels::Portable);
+        Self::with_kernels(threads, fastest)
+    }
+
+    /// The CPU with the kernels given, which must be of [`Kernels::available`].
+    ///
+    /// # Errors
+    /// If the processor lacks the instructions, or threads cannot be started.
+    pub fn with_kernels(threads: Option<usize>, kernels: Kernels) -> Result<Self> {
+        let level = Level::new(kernels).ok_or_else(|| Error::Device {
+            device: "CPU".into(),
+            what: "choosing kernels".into(),
+            message: format!("the processor does not have {}", kernels.name()),
+        })?;
+        let threads = Threads::new(threads)?;
+        let plural = if threads.count() == 1 { "" } else { "s" };
+        let info = DeviceInfo {
+            name: processor_name(),
+            kind: DeviceKind::Cpu,
+            backend: "cpu".into(),
+            driver: format!("{}, {} thread{plural}", kernels.name(), threads.count()),
+            features: Vec::new(),
+        };
+        Ok(Self { machine: Arc::new(Machine { info, level, threads }) })
+    }
+
+    fn error(&self, what: &str, message: &str) -> Error {
+        let device = self.machine.info.name.clone();
+        Error::Device { device, what: what.into(), message: message.into() }
+    }
+}
+
+/// The processor's name, or the architecture's where the system does not tell.
+fn processor_name() -> String {
+    let from_linux = || {
+        let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+        let line = text.lines().find(|line| line.starts_with("model name"))?;
+        Some(line.split_once(':')?.1.trim().to_owned())
+    };
+    from_linux().unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+}
+
+/// What all sessions share.
+struct Machine {
+    info: DeviceInfo,
+    level: Level,
+    threads: Threads,
+}
+
+impl Machine {
+    /// Calls `task` with each item, on this thread if the work is `small`.
+    fn each_of<T: Send>(&self, small: bool, items: Vec<T>, task: impl Fn(usize, T) + Sync) {
+        if small {
+            items.into_iter().for_each(|item| task(0, item));
+        } else {
+            self.threads.each_of(items.into_iter(), task);
+        }
+    }
+
+    /// Rows of a strip of a matrix: about `bytes`, but several strips for each thread.
+    fn strip_height(&self, rows: usize, row_bytes: usize, bytes: usize) -> usize {
+        let fit = bytes / row_bytes.max(1);
+        let share = rows.div_ceil(4 * self.threads.count());
+        fit.min(share).max(1).next_multiple_of(4)
+    }
+}
+
+/// A buffer for each thread, kept by a session so that no step allocates.
+struct Scratch(Vec<Mutex<Aligned<f32>>>);
+
+impl Scratch {
+    fn new(threads: usize) -> Self {
+        Self((0..threads).map(|_| Mutex::new(Aligned::zeros(0))).collect())
+    }
+
+    /// The buffer of a thread, which no other asks for.
+    fn of(&self, worker: usize) -> MutexGuard<'_, Aligned<f32>> {
+        self.0[worker].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes held.
+    fn bytes(&self) -> u64 {
+        (0..self.0.len()).map(|worker| self.of(worker).bytes()).sum()
+    }
+}
+
+/// Weight matrices stacked over their outputs.
+pub struct Linear {
+    parts: Vec<Matrix>,
+}
+
+/// One matrix `[rows, cols]` in a format of [`MatrixSource`].
+struct Matrix {
+    format: MatrixFormat,
+    rows: usize,
+    cols: usize,
+    /// The file's own bytes where they can be.
+    values: Bytes,
+    /// Q8 only: `[rows, ceil(cols / 32)]`.
+    scales: Vec<f16>,
+    /// Ternary: what the product is multiplied by.
+    scale: f32,
+}
+
+impl Matrix {
+    fn new(source: &MatrixSource) -> Self {
+        let mut scales = Vec::new();
+        let values = source.borrow().unwrap_or_else(|| {
+            let (stride, scale_stride) = (source.row_bytes(), source.row_scales());
+            let mut values = Vec::with_capacity(source.storage_rows() * stride);
+            scales.reserve_exact(source.storage_rows() * scale_stride);
+            let all = 0..source.storage_rows();
+            source.encode(all, stride, scale_stride, &mut values, &mut scales);
+            values.into()
+        });
+        let (format, rows, cols) = (source.format(), source.rows(), source.cols());
+        Self { format, rows, cols, values, scales, scale: source.scale() }
+    }
+
+    /// Bytes of an element that is not packed.
+    fn element_bytes(&self) -> usize {
+        match self.format {
+            MatrixFormat::F32 => 4,
+            MatrixFormat::F16 | MatrixFormat::BF16 => 2,
+            MatrixFormat::Q8 | MatrixFormat::Ternary => 1,
+        }
+    }
+
+    /// Bytes of a row that is not packed.
+    fn row_bytes(&self) -> usize {
+        self.cols * self.element_bytes()
+    }
+
+    /// A row that is not packed.
+    fn row(&self, row: usize) -> &[u8] {
+        &self.values[row * self.row_bytes()..][..self.row_bytes()]
+    }
+
+    /// The scales of a row's blocks; empty where the format has none.
+    fn row_scales(&self, row: usize) -> &[f16] {
+        if self.scales.is_empty() {
+            return &[];
+        }
+        let blocks = self.cols.div_ceil(Q8_BLOCK);
+        &self.scales[row * blocks..][..blocks]
+    }
+}
+
+impl Footprint for Linear {
+    fn bytes(&self) -> u64 {
+        self.parts.iter().map(|p| (p.values.len() + size_of_val(&p.scales[..])) as u64).sum()
+    }
+}
+
+/// An RMSNorm: its weight `[width]` and epsilon.
+pub struct Norm {
+    weight: Vec<f32>,
+    eps: f32,
+}
+
+impl Footprint for Norm {
+    fn bytes(&self) -> u64 {
+        size_of_val(&self.weight[..]) as u64
+    }
+}
+
+/// The rotary table: for each position `[D / 2]` cosines, then as many sines.
+pub struct Rope {
+    table: Vec<f32>,
+}
+
+impl Footprint for Rope {
+    fn bytes(&self) -> u64 {
+        size_of_val(&self.table[..]) as u64
+    }
+}
+
+impl Backend for Cpu {
+    type Linear = Linear;
+    type Norm = Norm;
+    type Rope = Rope;
+    type Tensor = Tensor;
+    type Cache = Cache;
+    type Stream = Stream;
+
+    fn device(&self) -> &DeviceInfo {
+        &self.machine.info
+    }
+
+    fn linear(&self, stack: &[MatrixSource]) -> Result<Linear> {
+        let uniform =
+            stack.windows(2).all(|w| w[0].cols() == w[1].cols() && w[0].format() == w[1].format());
+        if stack.is_empty() || !uniform {
+            return Err(self.error("stacking matrices", "they differ in width or format"));
+        }
+        Ok(Linear { parts: stack.iter().map(Matrix::new).collect() })
+    }
+
+    fn norm(&self, weight: &[f32], eps: f32) -> Result<Norm> {
+        Ok(Norm { weight: weight.to_vec(), eps })
+    }
+
+    fn rope(&self, table: &[[f32; 2]], head_dim: usize) -> Result<Rope> {
+        let mut split = Vec::with_capacity(2 * table.len());
+        for position in table.chunks_exact(head_dim / 2) {
+            split.extend(position.iter().map(|[cos, _]| cos));
+            split.extend(position.iter().map(|[_, sin]| sin));
+        }
+        Ok(Rope { table: split })
+    }
+
+    fn tensor(&self, rows: usize, width: usize, format: TensorFormat) -> Result<Tensor> {
+        Ok(Tensor::new(rows, width, format))
+    }
+
+    fn cache(&self, shape: AttentionShape, context: usize, format: CacheFormat) -> Result<Cache> {
+        Ok(Cache::new(shape, context, format))
+    }
+
+    fn stream(&self, shape: &StreamShape) -> Result<Stream> {
+        Ok(Stream::new(self.machine.clone(), shape))
+    }
+
+    fn write(&self, tensor: &mut Tensor, values: &[f32]) -> Result<()> {
+        tensor.set_rows(values.len() / tensor.width());
+        tensor.floats_mut().copy_from_slice(values);
+        Ok(())
+    }
+
+    fn write_int8(&self, tensor: &mut Tensor, values: &[i8], scales: &[f32]) -> Result<()> {
+        tensor.set_rows(scales.len());
+        let width = tensor.width();
+        let int8 = tensor.int8_mut();
+        int8.values[..values.len()].copy_from_slice(values);
+        int8.scales[..scales.len()].copy_from_slice(scales);
+        for (sum, row) in int8.sums.iter_mut().zip(values.chunks_exact(width)) {
+            *sum = row.iter().map(|&v| i32::from(v)).sum();
+        }
+        Ok(())
+    }
+
+    fn max_top_k(&self) -> usize {
+        usize::MAX
+    }
+}

@@ -1,0 +1,235 @@
+//! AVX2 with FMA and F16C, and where there is one the 8-bit dot product of AVX-VNNI.
+
+use std::arch::x86_64::*;
+
+use super::{BLOCK, Kernel, Simd, TERNARY_BLOCK};
+
+/// Exists only where the processor has the instructions, AVX-VNNI included if `VNNI`.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Avx2<const VNNI: bool>(());
+
+impl<const VNNI: bool> Avx2<VNNI> {
+    pub(super) fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && (!VNNI || is_x86_feature_detected!("avxvnni"));
+        found.then_some(Self(()))
+    }
+
+    pub(super) fn enter<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn plain<K: Kernel, const VNNI: bool>(simd: Avx2<VNNI>, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+        fn vnni<K: Kernel, const VNNI: bool>(simd: Avx2<VNNI>, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        simd!(if VNNI { vnni(self, kernel) } else { plain(self, kernel) })
+    }
+}
+
+impl<const VNNI: bool> Simd for Avx2<VNNI> {
+    type Floats = __m256;
+    type Bytes = __m256i;
+    /// 32-bit sums with VNNI, 16-bit sums without.
+    type Sums = __m256i;
+
+    const LANES: usize = 8;
+    const BYTES: usize = 32;
+    // With VNNI as in AVX-512. Without, sums are of 16 bits: a step adds two products of at most 2 * 128, and a block
+    // has two steps for each sum: 31 * 2 * 512 = 31,744 still fits. (A field of 3 is malformed,
+    // and no sum of it means anything.)
+    const DOT_BLOCKS: usize = if VNNI { 1024 } else { 31 };
+    const FIELD_SHIFTS: [u32; 4] = if VNNI { [0, 2, 4, 6] } else { [0; 4] };
+    const TILE: usize = 2;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
+        simd!(_mm256_set1_ps(x))
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; BLOCK], i: usize) -> __m256 {
+        memory!(from[i * 8, 8] => |p| _mm256_loadu_ps(p))
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; BLOCK], i: usize, x: __m256) {
+        memory!(mut to[i * 8, 8] => |p| _mm256_storeu_ps(p, x));
+    }
+
+    #[inline(always)]
+    fn load_f32(self, from: &[u8; 4 * BLOCK], i: usize) -> __m256 {
+        memory!(from[i * 32, 32] => |p| _mm256_loadu_ps(p.cast()))
+    }
+
+    #[inline(always)]
+    fn load_f16(self, from: &[u8; 2 * BLOCK], i: usize) -> __m256 {
+        memory!(from[i * 16, 16] => |p| _mm256_cvtph_ps(_mm_loadu_si128(p.cast())))
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[u8; 2 * BLOCK], i: usize) -> __m256 {
+        let half = memory!(from[i * 16, 16] => |p| _mm_loadu_si128(p.cast()));
+        simd!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half))))
+    }
+
+    #[inline(always)]
+    fn load_i8(self, from: &[u8; BLOCK], i: usize) -> __m256 {
+        let bytes = memory!(from[i * 8, 8] => |p| _mm_loadl_epi64(p.cast()));
+        simd!(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)))
+    }
+
+    #[inline(always)]
+    fn splat_f16(self, bits: u16) -> __m256 {
+        simd!(_mm256_cvtph_ps(_mm_set1_epi16(bits as i16)))
+    }
+
+    #[inline(always)]
+    fn store_f16(self, to: &mut [u16; BLOCK], i: usize, x: __m256) {
+        let half = simd!(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
+        memory!(mut to[i * 8, 8] => |p| _mm_storeu_si128(p.cast(), half));
+    }
+
+    #[inline(always)]
+    fn store_i8(self, to: &mut [i8; BLOCK], i: usize, x: __m256) {
+        let bytes = simd! {
+            let words = _mm256_cvtps_epi32(x);
+            let words = _mm_packs_epi32(
+                _mm256_castsi256_si128(words),
+                _mm256_extracti128_si256::<1>(words),
+            );
+            _mm_packs_epi16(words, words)
+        };
+        memory!(mut to[i * 8, 8] => |p| _mm_storel_epi64(p.cast(), bytes));
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        simd!(_mm256_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        simd!(_mm256_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        simd!(_mm256_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m256, b: __m256) -> __m256 {
+        simd!(_mm256_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        simd!(_mm256_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        simd!(_mm256_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m256, b: __m256) -> __m256 {
+        simd!(_mm256_min_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn round(self, x: __m256) -> __m256 {
+        simd!(_mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x))
+    }
+
+    #[inline(always)]
+    fn exp2_whole(self, n: __m256) -> __m256 {
+        simd!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(
+            _mm256_cvtps_epi32(n),
+            _mm256_set1_epi32(127)
+        ))))
+    }
+
+    #[inline(always)]
+    fn sum4(self, [a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+        simd! {
+            // Within each 128 bits: [a a b b], [c c d d], then [a b c d].
+            let x = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            std::mem::transmute(x)
+        }
+    }
+
+    #[inline(always)]
+    fn bytes(self, from: &[i8; TERNARY_BLOCK], i: usize) -> __m256i {
+        memory!(from[i * 32, 32] => |p| _mm256_loadu_si256(p.cast()))
+    }
+
+    #[inline(always)]
+    fn fields(self, from: &[u8; TERNARY_BLOCK], i: usize) -> [__m256i; 4] {
+        let packed = memory!(from[i * 32, 32] => |p| _mm256_loadu_si256(p.cast()));
+        simd! {
+            if VNNI {
+                [
+                    _mm256_and_si256(packed, _mm256_set1_epi8(0b11)),
+                    _mm256_and_si256(packed, _mm256_set1_epi8(0b1100)),
+                    _mm256_and_si256(packed, _mm256_set1_epi8(0b11_0000)),
+                    _mm256_and_si256(packed, _mm256_set1_epi8(0b1100_0000u8 as i8)),
+                ]
+            } else {
+                let mask = _mm256_set1_epi8(0b11);
+                [
+                    _mm256_and_si256(packed, mask),
+                    _mm256_and_si256(_mm256_srli_epi16::<2>(packed), mask),
+                    _mm256_and_si256(_mm256_srli_epi16::<4>(packed), mask),
+                    _mm256_and_si256(_mm256_srli_epi16::<6>(packed), mask),
+                ]
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn no_sums(self) -> __m256i {
+        simd!(_mm256_setzero_si256())
+    }
+
+    #[inline(always)]
+    fn dot(self, sums: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+        simd!(if VNNI {
+            _mm256_dpbusd_avx_epi32(sums, codes, x)
+        } else {
+            _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, x))
+        })
+    }
+
+    #[inline(always)]
+    fn total4(self, [a, b, c, d]: [__m256i; 4]) -> [i32; 4] {
+        simd! {
+            let one = _mm256_set1_epi16(1);
+            let [a, b, c, d] = if VNNI {
+                [a, b, c, d]
+            } else {
+                [
+                    _mm256_madd_epi16(a, one),
+                    _mm256_madd_epi16(b, one),
+                    _mm256_madd_epi16(c, one),
+                    _mm256_madd_epi16(d, one),
+                ]
+            };
+            let x = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+            let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+            std::mem::transmute(x)
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, from: &[u8], at: usize) {
+        let pointer = from.as_ptr().wrapping_add(at);
+        // SAFETY: a hint, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(pointer.cast()) }
+    }
+}

@@ -1,0 +1,212 @@
+//! AVX-512 (F, BW, VL, DQ) with VNNI: Ice Lake, Zen 4 and later.
+
+use std::arch::x86_64::*;
+
+use super::{BLOCK, Kernel, Simd, TERNARY_BLOCK};
+
+/// Exists only where the processor has the instructions.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Avx512(());
+
+impl Avx512 {
+    pub(super) fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        found.then_some(Self(()))
+    }
+
+    pub(super) fn enter<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+        fn inner<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        simd!(inner(self, kernel))
+    }
+}
+
+impl Simd for Avx512 {
+    type Floats = __m512;
+    type Bytes = __m512i;
+    type Sums = __m512i;
+
+    const LANES: usize = 16;
+    const BYTES: usize = 64;
+    // Fields stay where they are: unsigned 8 bits hold 3 << 6, and 32 bits the sum of 65,536
+    // columns.
+    const DOT_BLOCKS: usize = 1024;
+    const FIELD_SHIFTS: [u32; 4] = [0, 2, 4, 6];
+    const TILE: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        simd!(_mm512_set1_ps(x))
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; BLOCK], i: usize) -> __m512 {
+        memory!(from[i * 16, 16] => |p| _mm512_loadu_ps(p))
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; BLOCK], i: usize, x: __m512) {
+        memory!(mut to[i * 16, 16] => |p| _mm512_storeu_ps(p, x));
+    }
+
+    #[inline(always)]
+    fn load_f32(self, from: &[u8; 4 * BLOCK], i: usize) -> __m512 {
+        memory!(from[i * 64, 64] => |p| _mm512_loadu_ps(p.cast()))
+    }
+
+    #[inline(always)]
+    fn load_f16(self, from: &[u8; 2 * BLOCK], i: usize) -> __m512 {
+        memory!(from[i * 32, 32] => |p| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())))
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[u8; 2 * BLOCK], i: usize) -> __m512 {
+        let half = memory!(from[i * 32, 32] => |p| _mm256_loadu_si256(p.cast()));
+        simd!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half))))
+    }
+
+    #[inline(always)]
+    fn load_i8(self, from: &[u8; BLOCK], i: usize) -> __m512 {
+        let bytes = memory!(from[i * 16, 16] => |p| _mm_loadu_si128(p.cast()));
+        simd!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)))
+    }
+
+    #[inline(always)]
+    fn splat_f16(self, bits: u16) -> __m512 {
+        simd!(_mm512_cvtph_ps(_mm256_set1_epi16(bits as i16)))
+    }
+
+    #[inline(always)]
+    fn store_f16(self, to: &mut [u16; BLOCK], i: usize, x: __m512) {
+        let half = simd!(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
+        memory!(mut to[i * 16, 16] => |p| _mm256_storeu_si256(p.cast(), half));
+    }
+
+    #[inline(always)]
+    fn store_i8(self, to: &mut [i8; BLOCK], i: usize, x: __m512) {
+        let bytes = simd!(_mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+        memory!(mut to[i * 16, 16] => |p| _mm_storeu_si128(p.cast(), bytes));
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        simd!(_mm512_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        simd!(_mm512_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        simd!(_mm512_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        simd!(_mm512_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        simd!(_mm512_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        simd!(_mm512_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        simd!(_mm512_min_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn round(self, x: __m512) -> __m512 {
+        simd!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x))
+    }
+
+    #[inline(always)]
+    fn exp2_whole(self, n: __m512) -> __m512 {
+        simd!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(
+            _mm512_cvtps_epi32(n),
+            _mm512_set1_epi32(127)
+        ))))
+    }
+
+    #[inline(always)]
+    fn sum4(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        simd! {
+            // Within each 128 bits: [a a b b], [c c d d], then [a b c d].
+            let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+            let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+            let high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+            let x = _mm512_add_ps(low, high);
+            let x = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            std::mem::transmute(x)
+        }
+    }
+
+    #[inline(always)]
+    fn bytes(self, from: &[i8; TERNARY_BLOCK], _i: usize) -> __m512i {
+        memory!(from[0, 64] => |p| _mm512_loadu_si512(p.cast()))
+    }
+
+    #[inline(always)]
+    fn fields(self, from: &[u8; TERNARY_BLOCK], _i: usize) -> [__m512i; 4] {
+        let packed = memory!(from[0, 64] => |p| _mm512_loadu_si512(p.cast()));
+        simd! {
+            [
+                _mm512_and_si512(packed, _mm512_set1_epi8(0b11)),
+                _mm512_and_si512(packed, _mm512_set1_epi8(0b1100)),
+                _mm512_and_si512(packed, _mm512_set1_epi8(0b11_0000)),
+                _mm512_and_si512(packed, _mm512_set1_epi8(0b1100_0000u8 as i8)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn no_sums(self) -> __m512i {
+        simd!(_mm512_setzero_si512())
+    }
+
+    #[inline(always)]
+    fn dot(self, sums: __m512i, codes: __m512i, x: __m512i) -> __m512i {
+        simd!(_mm512_dpbusd_epi32(sums, codes, x))
+    }
+
+    #[inline(always)]
+    fn total4(self, [a, b, c, d]: [__m512i; 4]) -> [i32; 4] {
+        simd! {
+            // As in `sum4`.
+            let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            let (low, high) = (_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+            let x = _mm512_add_epi32(low, high);
+            let x = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x));
+            let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+            std::mem::transmute(x)
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, from: &[u8], at: usize) {
+        let pointer = from.as_ptr().wrapping_add(at);
+        // SAFETY: a hint, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(pointer.cast()) }
+    }
+}

@@ -1,0 +1,326 @@
+//! One vector interface over AVX-512, AVX2, NEON and plain Rust, chosen at run time.
+//!
+//! A kernel is written once, generic over [`Simd`]: a token that exists only where the processor
+//! has the instructions. [`Level::run`] enters it through a function that is compiled for them;
+//! a kernel and all that it calls must be `#[inline(always)]` to be compiled along.
+//!
+//! Data comes in blocks of a fixed size, [`BLOCK`] floats or [`TERNARY_BLOCK`] trits, whatever the
+//! width of a vector: a block is an array, so that its length is known and nothing is unchecked.
+//! `unsafe` is confined to the files below this one.
+
+/// Calls intrinsics that work on registers, in the file of a token that proves their presence.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! simd {
+    ($($body:tt)*) => {{
+        // SAFETY: a token of this type is made by `detect` alone, so that the processor has the
+        // features, and these intrinsics ask for nothing else.
+        unsafe { $($body)* }
+    }};
+}
+
+/// Calls an intrinsic that reads or writes `$count` elements of `$array` from `$at`.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! memory {
+    ($array:ident [$at:expr, $count:expr] => |$pointer:ident| $body:expr) => {{
+        let part = &$array[$at..$at + $count];
+        let $pointer = part.as_ptr();
+        // SAFETY: as above, and the slice was checked to hold what is read.
+        unsafe { $body }
+    }};
+    (mut $array:ident [$at:expr, $count:expr] => |$pointer:ident| $body:expr) => {{
+        let part = &mut $array[$at..$at + $count];
+        let $pointer = part.as_mut_ptr();
+        // SAFETY: as above, and the slice was checked to hold what is written.
+        unsafe { $body }
+    }};
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+
+/// Elements of a block of floats.
+pub(super) const BLOCK: usize = 32;
+
+/// Columns of a block of ternary weights.
+pub(super) const TERNARY_BLOCK: usize = 64;
+
+/// A set of vector instructions that this processor has.
+///
+/// `i` is the index of a vector within its block: `0..BLOCK / LANES`, or for bytes
+/// `0..TERNARY_BLOCK / BYTES`. It is a constant once loops are unrolled.
+pub(super) trait Simd: Copy + Send + Sync + 'static {
+    /// A vector of `f32`.
+    type Floats: Copy;
+    /// A vector of bytes.
+    type Bytes: Copy;
+    /// A vector of partial sums of products of bytes.
+    type Sums: Copy;
+
+    /// Floats in a vector.
+    const LANES: usize;
+    /// Bytes in a vector.
+    const BYTES: usize;
+    /// Blocks of 64 columns that [`Simd::dot`] may add up before a sum overflows.
+    const DOT_BLOCKS: usize;
+    /// How far [`Simd::fields`] leaves each field shifted to the left.
+    const FIELD_SHIFTS: [u32; 4];
+    /// Tokens whose sums of four fields, or of four float rows, fit in the registers.
+    const TILE: usize;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::Floats;
+    /// A vector of a block.
+    fn load(self, from: &[f32; BLOCK], i: usize) -> Self::Floats;
+    /// Stores a vector into a block.
+    fn store(self, to: &mut [f32; BLOCK], i: usize, x: Self::Floats);
+    /// Decodes little-endian `f32`.
+    fn load_f32(self, from: &[u8; 4 * BLOCK], i: usize) -> Self::Floats;
+    /// Decodes little-endian `f16`.
+    fn load_f16(self, from: &[u8; 2 * BLOCK], i: usize) -> Self::Floats;
+    /// Decodes little-endian `bf16`.
+    fn load_bf16(self, from: &[u8; 2 * BLOCK], i: usize) -> Self::Floats;
+    /// Decodes `i8`.
+    fn load_i8(self, from: &[u8; BLOCK], i: usize) -> Self::Floats;
+    /// All lanes the `f16` of these bits.
+    fn splat_f16(self, bits: u16) -> Self::Floats;
+    /// Rounds to `f16`, to nearest even.
+    fn store_f16(self, to: &mut [u16; BLOCK], i: usize, x: Self::Floats);
+    /// Rounds to integers, to nearest even, and clamps them to `-128..=127`.
+    fn store_i8(self, to: &mut [i8; BLOCK], i: usize, x: Self::Floats);
+
+    /// `a + b`.
+    fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// `a - b`.
+    fn sub(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// `a * b`.
+    fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// `a / b`.
+    fn div(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// `a * b + c`, fused where the processor can.
+    fn fma(self, a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    /// The larger of each lane; `b` or NaN where either is NaN.
+    fn max(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// The smaller of each lane; `b` or NaN where either is NaN.
+    fn min(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// The nearest integer, ties to even.
+    fn round(self, x: Self::Floats) -> Self::Floats;
+    /// `2^n` for whole `n` in `-126..=128`; infinity for 128.
+    fn exp2_whole(self, n: Self::Floats) -> Self::Floats;
+    /// The sum over the lanes of each of four vectors.
+    fn sum4(self, x: [Self::Floats; 4]) -> [f32; 4];
+
+    /// A vector of activations.
+    fn bytes(self, from: &[i8; TERNARY_BLOCK], i: usize) -> Self::Bytes;
+    /// The four 2-bit fields of each packed byte, `code << FIELD_SHIFTS[field]`.
+    fn fields(self, from: &[u8; TERNARY_BLOCK], i: usize) -> [Self::Bytes; 4];
+    /// Sums of zero.
+    fn no_sums(self) -> Self::Sums;
+    /// Adds the products of fields and activations.
+    fn dot(self, sums: Self::Sums, codes: Self::Bytes, x: Self::Bytes) -> Self::Sums;
+    /// The whole sum of each of four vectors.
+    fn total4(self, x: [Self::Sums; 4]) -> [i32; 4];
+
+    /// Asks for the cache line that holds byte `at` of `from`, or would if it were that long.
+    #[inline(always)]
+    fn prefetch(self, from: &[u8], at: usize) {
+        let _ = (from, at);
+    }
+
+    /// The sum over the lanes.
+    #[inline(always)]
+    fn sum(self, x: Self::Floats) -> f32 {
+        let zero = self.splat(0.0);
+        self.sum4([x, zero, zero, zero])[0]
+    }
+
+    /// The largest lane; NaN where there is one.
+    #[inline(always)]
+    fn max_lane(self, x: Self::Floats) -> f32 {
+        let mut block = [f32::NEG_INFINITY; BLOCK];
+        self.store(&mut block, 0, x);
+        block.into_iter().fold(f32::NEG_INFINITY, |m, v| if m >= v { m } else { v })
+    }
+
+    /// `|x|`; NaN where it is NaN.
+    #[inline(always)]
+    fn abs(self, x: Self::Floats) -> Self::Floats {
+        self.max(self.sub(self.splat(0.0), x), x)
+    }
+
+    /// `e^x`, within 2 ULP from -87 to 88; above that infinity, below that less than `2^-125`.
+    ///
+    /// `x = n ln 2 + r`, and a polynomial in `r` (Cephes, `expf`).
+    #[inline(always)]
+    fn exp(self, x: Self::Floats) -> Self::Floats {
+        // The order of arguments lets NaN through.
+        let x = self.min(self.splat(88.8), self.max(self.splat(-87.0), x));
+        let n = self.round(self.mul(x, self.splat(std::f32::consts::LOG2_E)));
+        // ln 2 in two parts, the first of which times n is exact.
+        let r = self.fma(n, self.splat(-0.693_359_4), x);
+        let r = self.fma(n, self.splat(2.121_944_4e-4), r);
+        let mut p = self.splat(1.987_569_1e-4);
+        for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+            p = self.fma(p, r, self.splat(c));
+        }
+        let p = self.fma(self.mul(p, r), r, self.add(r, self.splat(1.0)));
+        self.mul(p, self.exp2_whole(n))
+    }
+}
+
+/// A computation that is compiled for each level.
+pub(super) trait Kernel {
+    /// What it gives.
+    type Output;
+    /// Runs it. Implementations are `#[inline(always)]`.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// The instructions that the kernels of a [`super::Cpu`] use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kernels {
+    /// What the compiler makes of plain Rust.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C (from 2013).
+    Avx2,
+    /// AVX2 with 8-bit dot products (AVX-VNNI, from 2021).
+    Avx2Vnni,
+    /// AVX-512 with 8-bit dot products (VNNI, from 2019).
+    Avx512,
+    /// 64-bit ARM.
+    Neon,
+    /// 64-bit ARM with 8-bit dot products (from 2018).
+    NeonDotprod,
+}
+
+impl Kernels {
+    /// All that this machine can run, the fastest last.
+    pub fn available() -> Vec<Self> {
+        use Kernels::{Avx2, Avx2Vnni, Avx512, Neon, NeonDotprod, Portable};
+        let all = [Portable, Avx2, Avx2Vnni, Avx512, Neon, NeonDotprod];
+        all.into_iter().filter(|&kernels| Level::new(kernels).is_some()).collect()
+    }
+
+    /// The name in words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "AVX2",
+            Self::Avx2Vnni => "AVX2 + VNNI",
+            Self::Avx512 => "AVX-512 + VNNI",
+            Self::Neon => "NEON",
+            Self::NeonDotprod => "NEON + dotprod",
+        }
+    }
+}
+
+/// The token of one set of instructions.
+#[derive(Clone, Copy)]
+pub(super) enum Level {
+    Portable(portable::Portable),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2<false>),
+    #[cfg(target_arch = "x86_64")]
+    Avx2Vnni(avx2::Avx2<true>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
+    #[cfg(target_arch = "aarch64")]
+    Neon(neon::Neon<false>),
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod(neon::Neon<true>),
+}
+
+impl Level {
+    /// The token, where this processor has the instructions.
+    pub(super) fn new(kernels: Kernels) -> Option<Self> {
+        match kernels {
+            Kernels::Portable => Some(Self::Portable(portable::Portable)),
+            #[cfg(target_arch = "x86_64")]
+            Kernels::Avx2 => avx2::Avx2::<false>::detect().map(Self::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            Kernels::Avx2Vnni => avx2::Avx2::<true>::detect().map(Self::Avx2Vnni),
+            #[cfg(target_arch = "x86_64")]
+            Kernels::Avx512 => avx512::Avx512::detect().map(Self::Avx512),
+            #[cfg(target_arch = "aarch64")]
+            Kernels::Neon => neon::Neon::<false>::detect().map(Self::Neon),
+            #[cfg(target_arch = "aarch64")]
+            Kernels::NeonDotprod => neon::Neon::<true>::detect().map(Self::NeonDotprod),
+            #[allow(unreachable_patterns)] // Instructions of another architecture.
+            _ => None,
+        }
+    }
+
+    /// Runs a kernel compiled for these instructions.
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            Self::Portable(simd) => kernel.run(simd),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(simd) => simd.enter(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2Vnni(simd) => simd.enter(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(simd) => simd.enter(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(simd) => simd.enter(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod(simd) => simd.enter(kernel),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Exp<'a>(&'a [f32; BLOCK]);
+
+    impl Kernel for Exp<'_> {
+        type Output = [f32; BLOCK];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> [f32; BLOCK] {
+            let mut out = [0.0; BLOCK];
+            for i in 0..BLOCK / S::LANES {
+                simd.store(&mut out, i, simd.exp(simd.load(self.0, i)));
+            }
+            out
+        }
+    }
+
+    #[test]
+    fn exp_is_within_two_ulp() {
+        for kernels in Kernels::available() {
+            let level = Level::new(kernels).expect("available");
+            let mut x = -87.0f32;
+            while x < 88.0 {
+                let block: [f32; BLOCK] = std::array::from_fn(|i| x + i as f32 * 1e-3);
+                for (x, y) in block.iter().zip(level.run(Exp(&block))) {
+                    let exact = f64::from(*x).exp();
+                    let ulp = (exact as f32).next_up() - exact as f32;
+                    let error = (f64::from(y) - exact).abs() / f64::from(ulp);
+                    assert!(error <= 2.0, "{kernels:?}: exp({x}) = {y}, {error} ULP");
+                }
+                x += 0.04;
+            }
+        }
+    }
+
+    #[test]
+    fn exp_at_its_limits() {
+        for kernels in Kernels::available() {
+            let level = Level::new(kernels).expect("available");
+            let mut block = [0.0; BLOCK];
+            block[..5].copy_from_slice(&[f32::NAN, f32::INFINITY, 1e4, f32::NEG_INFINITY, -1e4]);
+            let y = level.run(Exp(&block));
+            assert!(y[0].is_nan(), "{kernels:?}");
+            assert!(y[1] == f32::INFINITY && y[2] == f32::INFINITY, "{kernels:?}");
+            assert!((0.0..1e-37).contains(&y[3]) && (0.0..1e-37).contains(&y[4]), "{kernels:?}");
+            assert_eq!(y[5], 1.0, "{kernels:?}");
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! The operations of one session; each is done when its call returns.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::tensor::Aligned;
+use super::{
+    Cache, Cpu, Linear, Machine, Norm, Rope, Scratch, Tensor, attention, embed, gate, linear_float,
+    linear_ternary, norm, rope_append, sample,
+};
+use crate::backend::{Activation, Footprint, MatrixFormat, Operations, StreamShape};
+use crate::error::{Error, Result};
+use crate::sampler::SampleStep;
+
+/// A session's stream, with the memory that its operations need besides tensors.
+pub struct Stream {
+    machine: Arc<Machine>,
+    tokens: Vec<u32>,
+    position: usize,
+    scratch: Scratch,
+    /// Results of the segments of attention.
+    partial: Aligned<f32>,
+    /// Candidates of the last choice.
+    candidates: Vec<u64>,
+    /// The last sampled token; nothing where the logits held NaN.
+    sampled: Option<u32>,
+}
+
+impl Stream {
+    pub(super) fn new(machine: Arc<Machine>, shape: &StreamShape) -> Self {
+        let scratch = Scratch::new(machine.threads.count());
+        Self {
+            machine,
+            tokens: Vec::with_capacity(shape.rows),
+            position: 0,
+            scratch,
+            partial: Aligned::zeros(0),
+            candidates: Vec::new(),
+            sampled: None,
+        }
+    }
+
+    /// `out = x W^T`, or `out += x W^T` if `add`.
+    fn product(&mut self, x: &Tensor, weight: &Linear, out: &mut Tensor, add: bool) {
+        let (machine, parts) = (&self.machine, &weight.parts[..]);
+        match parts.first().map(|part| part.format) {
+            Some(MatrixFormat::Ternary) => linear_ternary::linear(machine, x, parts, out, add),
+            _ => linear_float::linear(machine, &self.scratch, x, parts, out, add),
+        }
+    }
+}
+
+impl Footprint for Stream {
+    fn bytes(&self) -> u64 {
+        let candidates = self.candidates.capacity() * size_of::<u64>();
+        self.scratch.bytes() + self.partial.bytes() + candidates as u64
+    }
+}
+
+impl Operations<Cpu> for Stream {
+    fn begin(&mut self, tokens: &[u32], position: usize) -> Result<()> {
+        self.tokens.clear();
+        self.tokens.extend_from_slice(tokens);
+        self.position = position;
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Linear, out: &mut Tensor) -> Result<()> {
+        embed::embed(&self.machine, &self.tokens, &table.parts[0], out);
+        Ok(())
+    }
+
+    fn norm(
+        &mut self,
+        x: &Tensor,
+        rows: Range<usize>,
+        norm: &Norm,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        norm::norm(&self.machine, x, rows, norm, out);
+        Ok(())
+    }
+
+    fn linear(&mut self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<()> {
+        out.set_rows(x.rows());
+        self.product(x, weight, out, false);
+        Ok(())
+    }
+
+    fn linear_add(&mut self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<()> {
+        self.product(x, weight, out, true);
+        Ok(())
+    }
+
+    fn rope_append(&mut self, qkv: &mut Tensor, rope: &Rope, cache: &mut Cache) -> Result<()> {
+        rope_append::rope_append(&self.machine, self.position, qkv, rope, cache);
+        Ok(())
+    }
+
+    fn attention(&mut self, qkv: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {
+        let Self { machine, scratch, partial, position, .. } = self;
+        attention::attention(machine, scratch, partial, *position, qkv, cache, out);
+        Ok(())
+    }
+
+    fn gate(
+        &mut self,
+        gate_up: &Tensor,
+        activation: Activation,
+        norm: Option<&Norm>,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        gate::gate(&self.machine, gate_up, activation, norm, out);
+        Ok(())
+    }
+
+    fn sample(&mut self, logits: &Tensor, step: &SampleStep<'_>) -> Result<()> {
+        let last = logits.row(logits.rows() - 1);
+        self.sampled = sample::sample(last, step, &mut self.candidates);
+        Ok(())
+    }
+
+    fn submit(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn token(&mut self) -> Result<u32> {
+        self.sampled.ok_or_else(|| Error::NotFinite { what: "the logits".into() })
+    }
+
+    fn read(&mut self, tensor: &Tensor) -> Result<Vec<f32>> {
+        Ok(tensor.floats().to_vec())
+    }
+
+    fn read_int8(&mut self, tensor: &Tensor) -> Result<(Vec<i8>, Vec<f32>)> {
+        let (rows, int8) = (tensor.rows(), tensor.int8());
+        let values = int8.values[..rows * tensor.width()].to_vec();
+        Ok((values, int8.scales[..rows].to_vec()))
+    }
+}

@@ -1,0 +1,122 @@
+//! Encoded rows of float and 8-bit matrices, decoded a block at a time.
+
+use half::f16;
+
+use super::simd::{BLOCK, Simd};
+
+/// A format of weights.
+pub(super) trait Weight {
+    /// The bytes of a block of [`BLOCK`] columns.
+    type Raw: AsRef<[u8]>;
+
+    /// Whole blocks of a row, and what is left.
+    fn split(row: &[u8]) -> (&[Self::Raw], &[u8]);
+
+    /// A block that ends in zeros.
+    fn pad(rest: &[u8]) -> Self::Raw;
+
+    /// Decodes vector `i` of a block; `scale` holds the bits of an `f16` where the format has one.
+    /// `#[inline(always)]`.
+    fn load<S: Simd>(simd: S, raw: &Self::Raw, scale: u16, i: usize) -> S::Floats;
+}
+
+macro_rules! weight {
+    ($(#[$doc:meta])* $name:ident, $bytes:expr, |$simd:ident, $raw:ident, $scale:ident, $i:ident| $load:expr) => {
+        $(#[$doc])*
+        pub(super) struct $name;
+
+        impl Weight for $name {
+            type Raw = [u8; $bytes];
+
+            #[inline(always)]
+            fn split(row: &[u8]) -> (&[Self::Raw], &[u8]) {
+                row.as_chunks()
+            }
+
+            #[inline(always)]
+            fn pad(rest: &[u8]) -> Self::Raw {
+                let mut raw = [0; $bytes];
+                raw[..rest.len()].copy_from_slice(rest);
+                raw
+            }
+
+            #[inline(always)]
+            fn load<S: Simd>($simd: S, $raw: &Self::Raw, $scale: u16, $i: usize) -> S::Floats {
+                $load
+            }
+        }
+    };
+}
+
+weight!(
+    /// Little-endian `f32`.
+    Float32, 4 * BLOCK, |simd, raw, _scale, i| simd.load_f32(raw, i)
+);
+weight!(
+    /// Little-endian `f16`.
+    Float16, 2 * BLOCK, |simd, raw, _scale, i| simd.load_f16(raw, i)
+);
+weight!(
+    /// Little-endian `bf16`.
+    BFloat16, 2 * BLOCK, |simd, raw, _scale, i| simd.load_bf16(raw, i)
+);
+weight!(
+    /// `i8` with a scale: a block is a block of [`crate::backend::Q8_BLOCK`].
+    Levels8, BLOCK, |simd, raw, scale, i| simd.mul(simd.load_i8(raw, i), simd.splat_f16(scale))
+);
+
+const _: () = assert!(BLOCK == crate::backend::Q8_BLOCK);
+
+/// Columns of one row, from a multiple of [`BLOCK`] on.
+pub(super) struct Row<'a, W: Weight> {
+    whole: &'a [W::Raw],
+    /// The block that the row ends in, padded with zeros; all zeros where blocks are whole.
+    rest: W::Raw,
+    is_whole: bool,
+    /// One a block, or none.
+    scales: &'a [f16],
+}
+
+impl<'a, W: Weight> Row<'a, W> {
+    /// The columns encoded in `bytes`, with the blocks' `scales` where the format has them.
+    #[inline(always)]
+    pub(super) fn new(bytes: &'a [u8], scales: &'a [f16]) -> Self {
+        let (whole, rest) = W::split(bytes);
+        Self { whole, rest: W::pad(rest), is_whole: rest.is_empty(), scales }
+    }
+
+    /// Whole blocks.
+    #[inline(always)]
+    pub(super) fn whole(&self) -> &'a [W::Raw] {
+        self.whole
+    }
+
+    /// Whether it ends with a whole block.
+    #[inline(always)]
+    pub(super) fn is_whole(&self) -> bool {
+        self.is_whole
+    }
+
+    /// The block after the whole ones, padded with zeros.
+    #[inline(always)]
+    pub(super) fn rest(&self) -> &W::Raw {
+        &self.rest
+    }
+
+    /// The scale of a block: bits of an `f16`, 0 where the format has none.
+    #[inline(always)]
+    pub(super) fn scale(&self, block: usize) -> u16 {
+        self.scales.get(block).map_or(0, |scale| scale.to_bits())
+    }
+
+    /// Decodes it into whole blocks; what is beyond its end becomes zero.
+    #[inline(always)]
+    pub(super) fn decode<S: Simd>(&self, simd: S, out: &mut [[f32; BLOCK]]) {
+        for (block, out) in out.iter_mut().enumerate() {
+            let raw = self.whole.get(block).unwrap_or(&self.rest);
+            for i in 0..BLOCK / S::LANES {
+                simd.store(out, i, W::load(simd, raw, self.scale(block), i));
+            }
+        }
+    }
+}

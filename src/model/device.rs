@@ -1,0 +1,81 @@
+//! Which device a model runs on.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::ModelOptions;
+use crate::cpu::Cpu;
+use crate::error::{Error, Result};
+use crate::gpu::{Gpu, Select};
+
+/// Which device to run on, as `--device` spells it.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// `auto`: a hardware GPU, and where there is none, or it cannot hold the model, the CPU.
+    #[default]
+    Auto,
+    /// `gpu`: a hardware GPU, or an error.
+    Gpu,
+    /// `cpu`: the CPU backend.
+    Cpu,
+    /// `reference`: the plain, slow yardstick that the other backends are tested against.
+    Reference,
+    /// Any other text: the first adapter whose name contains it, in any case. The only way to
+    /// choose a software adapter.
+    Named(String),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
+        Ok(match text.to_ascii_lowercase().as_str() {
+            "auto" => Self::Auto,
+            "gpu" => Self::Gpu,
+            "cpu" => Self::Cpu,
+            "reference" => Self::Reference,
+            _ => Self::Named(text.to_owned()),
+        })
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Gpu => "gpu",
+            Self::Cpu => "cpu",
+            Self::Reference => "reference",
+            Self::Named(name) => name,
+        })
+    }
+}
+
+/// A device that is ready to be loaded.
+pub(super) enum Opened {
+    Gpu(Gpu),
+    /// With the reason, where the CPU was not asked for.
+    Cpu(Cpu, Option<String>),
+    Reference,
+}
+
+pub(super) fn open(options: &ModelOptions) -> Result<Opened> {
+    let cpu = || Cpu::new(options.threads);
+    let gpu = |select| Gpu::open(&crate::gpu::GpuOptions { select, ..options.gpu.clone() });
+    match &options.device {
+        DeviceChoice::Reference => Ok(Opened::Reference),
+        DeviceChoice::Cpu => Ok(Opened::Cpu(cpu()?, None)),
+        DeviceChoice::Gpu => gpu(Select::Hardware).map(Opened::Gpu),
+        DeviceChoice::Named(name) => gpu(Select::Named(name.clone())).map(Opened::Gpu),
+        DeviceChoice::Auto => match gpu(Select::Hardware) {
+            Ok(gpu) => Ok(Opened::Gpu(gpu)),
+            Err(Error::NoAdapter { .. }) => {
+                Ok(Opened::Cpu(cpu()?, Some("no hardware GPU was found".into())))
+            }
+            Err(error) => {
+                log::warn!("{error}");
+                Ok(Opened::Cpu(cpu()?, Some(format!("the GPU could not be opened ({error})"))))
+            }
+        },
+    }
+}

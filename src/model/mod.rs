@@ -1,0 +1,230 @@
+//! A model on a device, and the forward pass that runs it.
+//!
+//! [`Model::open`] chooses the device, brings the weights to it and is then shared by any number
+//! of [`Session`](crate::Session)s. The pass itself is `Transformer::forward` in
+//! `transformer.rs`: one function for every architecture, written against
+//! [`Operations`](crate::backend::Operations).
+
+mod device;
+mod memory;
+mod transformer;
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub use device::DeviceChoice;
+pub use memory::{MemoryUse, plan_memory};
+
+use crate::backend::{Backend, CacheFormat, DeviceInfo};
+use crate::checkpoint::{Checkpoint, ModelConfig};
+use crate::cpu::Cpu;
+use crate::error::{Error, Result};
+use crate::gpu::GpuOptions;
+use crate::reference::Reference;
+use crate::sampler::SampleStep;
+use crate::tokenizer::Tokenizer;
+use transformer::Transformer;
+
+/// How far a model has been loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadProgress {
+    /// Bytes of the checkpoint that are on the device.
+    pub bytes: u64,
+    /// Bytes of the checkpoint.
+    pub total: u64,
+}
+
+/// In which format float weights are kept on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum WeightFormat {
+    /// As they are stored: bf16, f16 or f32.
+    #[default]
+    Stored,
+    /// 8 bits in blocks of [`Q8_BLOCK`](crate::backend::Q8_BLOCK): about half of bf16. Ternary
+    /// matrices stay ternary; embedding and head become 8 bits.
+    Q8,
+}
+
+/// How to open a model. `ModelOptions::default()` is right for most.
+#[derive(Clone, Debug, Default)]
+pub struct ModelOptions {
+    /// Which device to run on.
+    pub device: DeviceChoice,
+    /// Format of float weights.
+    pub weights: WeightFormat,
+    /// Threads of the CPU backend; `None` takes every core.
+    pub threads: Option<usize>,
+    /// What the GPU backend may use.
+    pub gpu: GpuOptions,
+}
+
+/// A model whose weights lie on a device. Cheap to clone; clones share the weights.
+#[derive(Clone)]
+pub struct Model {
+    engine: Arc<dyn Engine>,
+    config: Arc<ModelConfig>,
+    tokenizer: Arc<Tokenizer>,
+    fallback: Option<Arc<str>>,
+    load_time: Duration,
+}
+
+impl Model {
+    /// Opens a model directory with its weights on the device of `options`.
+    ///
+    /// # Errors
+    /// A file, field, tensor or shape that is wrong; no such device; too little device memory.
+    pub fn open(dir: impl AsRef<Path>, options: &ModelOptions) -> Result<Self> {
+        Self::open_with_progress(dir, options, |_| ControlFlow::Continue(()))
+    }
+
+    /// [`Model::open`], telling `progress` after each tensor how far it is; `Break` makes it stop
+    /// with [`Error::Cancelled`].
+    pub fn open_with_progress(
+        dir: impl AsRef<Path>,
+        options: &ModelOptions,
+        mut progress: impl FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Result<Self> {
+        let start = Instant::now();
+        let checkpoint = Checkpoint::open(dir)?;
+        let tokenizer = Tokenizer::open(&checkpoint)?;
+        let weights = options.weights;
+        let mut fallback = None;
+        let engine: Arc<dyn Engine> = match device::open(options)? {
+            device::Opened::Reference => {
+                load(Reference::new(), &checkpoint, weights, &mut progress)?
+            }
+            device::Opened::Cpu(cpu, reason) => {
+                fallback = reason;
+                load(cpu, &checkpoint, weights, &mut progress)?
+            }
+            device::Opened::Gpu(gpu) => {
+                let name = gpu.device().name.clone();
+                match load(gpu, &checkpoint, weights, &mut progress) {
+                    // A GPU that was not asked for by name, and that cannot hold the model, is no
+                    // reason to give up.
+                    Err(error @ (Error::DeviceMemory { .. } | Error::DeviceLimit { .. }))
+                        if options.device == DeviceChoice::Auto =>
+                    {
+                        log::warn!("{name}: {error}");
+                        fallback = Some(format!("the model does not fit on the GPU ({error})"));
+                        let cpu = Cpu::new(options.threads)?;
+                        load(cpu, &checkpoint, weights, &mut progress)?
+                    }
+                    loaded => loaded?,
+                }
+            }
+        };
+        Ok(Self {
+            engine,
+            config: Arc::new(checkpoint.config),
+            tokenizer: Arc::new(tokenizer),
+            fallback: fallback.map(Into::into),
+            load_time: start.elapsed(),
+        })
+    }
+
+    /// What the checkpoint's configuration says.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The device that the weights lie on.
+    pub fn device(&self) -> &DeviceInfo {
+        self.engine.device()
+    }
+
+    /// Why the model runs on the CPU although no device was asked for by name.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
+    }
+
+    /// Time that [`Model::open`] took.
+    pub fn load_time(&self) -> Duration {
+        self.load_time
+    }
+
+    /// Bytes of the weights on the device.
+    pub fn weight_bytes(&self) -> u64 {
+        self.engine.weight_bytes()
+    }
+
+    pub(crate) fn engine(&self) -> &Arc<dyn Engine> {
+        &self.engine
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model")
+            .field("config", &self.config)
+            .field("device", self.device())
+            .finish_non_exhaustive()
+    }
+}
+
+fn load<B: Backend>(
+    backend: B,
+    checkpoint: &Checkpoint,
+    weights: WeightFormat,
+    progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+) -> Result<Arc<dyn Engine>> {
+    Ok(Arc::new(Transformer::load(backend, checkpoint, weights, progress)?))
+}
+
+/// What a step is to make beside its cache entries.
+#[derive(Clone, Copy)]
+pub(crate) enum Output<'a> {
+    /// Nothing: more of the prompt follows.
+    Nothing,
+    /// A token after the last one, chosen on the device.
+    Sample(&'a SampleStep<'a>),
+    /// The logits of the last token.
+    LastLogits,
+    /// The logits of every token of the step.
+    AllLogits,
+}
+
+/// How large a session may get.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SessionShape {
+    /// Tokens that the cache holds.
+    pub context: usize,
+    /// Tokens of the largest step.
+    pub chunk: usize,
+    /// Tokens of a step whose logits can be wanted.
+    pub logit_rows: usize,
+    /// Format of keys and values.
+    pub cache: CacheFormat,
+}
+
+/// A [`Transformer`] on some backend.
+pub(crate) trait Engine: Send + Sync {
+    fn device(&self) -> &DeviceInfo;
+    fn weight_bytes(&self) -> u64;
+    fn max_top_k(&self) -> usize;
+    /// Makes the caches and activations of a session.
+    fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>>;
+}
+
+/// A session's run of a [`Transformer`] on some backend.
+pub(crate) trait Decoder: Send {
+    /// Tokens in the cache.
+    fn length(&self) -> usize;
+    /// Cuts the cache back to at most its first `length` tokens.
+    fn truncate(&mut self, length: usize);
+    /// Appends `tokens`: at least one, at most a chunk, all in the vocabulary, within the context.
+    fn forward(&mut self, tokens: &[u32], output: Output<'_>) -> Result<()>;
+    /// Waits for the token of the last [`Output::Sample`].
+    fn token(&mut self) -> Result<u32>;
+    /// Waits for the logits of the last step, `[rows, vocabulary]`.
+    fn logits(&mut self) -> Result<Vec<f32>>;
+    /// Bytes held on the device.
+    fn memory(&self) -> MemoryUse;
+}

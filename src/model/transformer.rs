@@ -1,0 +1,380 @@
+//! The forward pass, once for every architecture and every backend.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use super::{Decoder, LoadProgress, MemoryUse, Output, SessionShape, WeightFormat};
+use crate::backend::{
+    AttentionShape, Backend, Footprint, MatrixFormat, Operations, StreamShape, TensorFormat,
+};
+use crate::checkpoint::{Checkpoint, MatrixSource, ModelConfig, Tensors};
+use crate::error::{Error, Result};
+
+/// A decoder-only transformer whose weights lie on a device.
+///
+/// Llama (<https://arxiv.org/abs/2407.21783>) and BitNet b1.58 2B4T
+/// (<https://arxiv.org/abs/2504.12285>) are two configurations of it: BitNet has sub-norms before
+/// its output and down projections, and ternary linears that read 8-bit activations.
+pub(crate) struct Transformer<B: Backend> {
+    backend: B,
+    config: ModelConfig,
+    /// `[vocabulary, hidden]`.
+    embedding: B::Linear,
+    layers: Vec<Layer<B>>,
+    /// `[hidden]`.
+    final_norm: B::Norm,
+    /// `[vocabulary, hidden]`; `None` where the embedding serves.
+    head: Option<B::Linear>,
+}
+
+/// The weights of one decoder layer.
+struct Layer<B: Backend> {
+    /// `[hidden]`.
+    input_norm: B::Norm,
+    /// Query, key and value projections stacked: `[(H + 2 G) D, hidden]`.
+    qkv: B::Linear,
+    /// `[H D]`, BitNet only.
+    attn_sub_norm: Option<B::Norm>,
+    /// `[hidden, H D]`.
+    output: B::Linear,
+    /// `[hidden]`.
+    post_attention_norm: B::Norm,
+    /// Gate and up projections stacked: `[2 I, hidden]`.
+    gate_up: B::Linear,
+    /// `[I]`, BitNet only.
+    ffn_sub_norm: Option<B::Norm>,
+    /// `[hidden, I]`.
+    down: B::Linear,
+}
+
+/// What a session holds on the device.
+pub(crate) struct Run<B: Backend> {
+    model: Arc<Transformer<B>>,
+    stream: B::Stream,
+    activations: Activations<B>,
+    /// Keys and values, a cache a layer.
+    caches: Vec<B::Cache>,
+    rope: B::Rope,
+    /// Tokens in the caches.
+    length: usize,
+    shape: SessionShape,
+}
+
+/// The intermediate results of a step over `T` tokens, overwritten layer by layer.
+struct Activations<B: Backend> {
+    /// The residual stream, `[T, hidden]`.
+    hidden: B::Tensor,
+    /// Input of a projection after its norm, `[T, hidden]`; 8 bits for BitNet.
+    normed: B::Tensor,
+    /// `[T, (H + 2 G) D]`.
+    qkv: B::Tensor,
+    /// `[T, H D]`.
+    attended: B::Tensor,
+    /// `[T, 2 I]`.
+    gate_up: B::Tensor,
+    /// `[T, I]`; 8 bits for BitNet.
+    gated: B::Tensor,
+    /// The residual stream after the last norm, where logits are wanted, `[R, hidden]`.
+    last: B::Tensor,
+    /// `[R, vocabulary]`.
+    logits: B::Tensor,
+}
+
+impl<B: Backend> Transformer<B> {
+    /// The forward pass over `tokens`, which continue what is in the caches.
+    ///
+    /// Everything is recorded, nothing waited for. Logits are made of the last token for
+    /// [`Output::Sample`] and of every token for [`Output::Logits`].
+    fn forward(&self, run: &mut Run<B>, tokens: &[u32], output: Output<'_>) -> Result<()> {
+        let Run { stream, activations: a, caches, rope, length, .. } = run;
+        let t = tokens.len();
+
+        stream.begin(tokens, *length)?;
+        stream.embed(&self.embedding, &mut a.hidden)?;
+        for (layer, cache) in self.layers.iter().zip(caches) {
+            // hidden += W_o attention(norm(hidden))
+            stream.norm(&a.hidden, 0..t, &layer.input_norm, &mut a.normed)?;
+            stream.linear(&a.normed, &layer.qkv, &mut a.qkv)?;
+            stream.rope_append(&mut a.qkv, rope, cache)?;
+            stream.attention(&a.qkv, cache, &mut a.attended)?;
+            if let Some(sub_norm) = &layer.attn_sub_norm {
+                stream.norm(&a.attended, 0..t, sub_norm, &mut a.normed)?;
+                stream.linear_add(&a.normed, &layer.output, &mut a.hidden)?;
+            } else {
+                stream.linear_add(&a.attended, &layer.output, &mut a.hidden)?;
+            }
+
+            // hidden += W_down (act(W_gate norm(hidden)) * W_up norm(hidden))
+            stream.norm(&a.hidden, 0..t, &layer.post_attention_norm, &mut a.normed)?;
+            stream.linear(&a.normed, &layer.gate_up, &mut a.gate_up)?;
+            let sub_norm = layer.ffn_sub_norm.as_ref();
+            stream.gate(&a.gate_up, self.config.activation, sub_norm, &mut a.gated)?;
+            stream.linear_add(&a.gated, &layer.down, &mut a.hidden)?;
+        }
+        let wanted = match output {
+            Output::Nothing => t..t,
+            Output::Sample(_) | Output::LastLogits => t - 1..t,
+            Output::AllLogits => 0..t,
+        };
+        if !wanted.is_empty() {
+            stream.norm(&a.hidden, wanted, &self.final_norm, &mut a.last)?;
+            stream.linear(&a.last, self.head.as_ref().unwrap_or(&self.embedding), &mut a.logits)?;
+        }
+        if let Output::Sample(step) = output {
+            stream.sample(&a.logits, step)?;
+        }
+        stream.submit()?;
+        *length += t;
+        Ok(())
+    }
+
+    /// Brings the weights of a checkpoint to the device, layer by layer.
+    pub fn load(
+        backend: B,
+        checkpoint: &Checkpoint,
+        weights: WeightFormat,
+        progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Result<Self> {
+        let mut loader = Loader {
+            backend: &backend,
+            tensors: &checkpoint.tensors,
+            config: &checkpoint.config,
+            weights,
+            done: LoadProgress { bytes: 0, total: checkpoint.tensors.total_bytes() },
+            progress,
+        };
+        let ModelConfig { vocabulary, hidden, .. } = checkpoint.config;
+        let embedding = loader.float("model.embed_tokens", vocabulary, hidden)?;
+        let layers = (0..checkpoint.config.layers)
+            .map(|index| loader.layer(index))
+            .collect::<Result<Vec<_>>>()?;
+        let final_norm = loader.norm("model.norm", hidden)?;
+        let head = if loader.has_own_head() {
+            Some(loader.float("lm_head", vocabulary, hidden)?)
+        } else {
+            None
+        };
+        loader.finish()?;
+        let config = checkpoint.config.clone();
+        Ok(Self { backend, config, embedding, layers, final_norm, head })
+    }
+
+    /// Bytes of the weights on the device.
+    fn weight_bytes(&self) -> u64 {
+        let layer = |l: &Layer<B>| {
+            let norms = [&l.input_norm, &l.post_attention_norm];
+            let sub_norms = [&l.attn_sub_norm, &l.ffn_sub_norm];
+            let linears = [&l.qkv, &l.output, &l.gate_up, &l.down];
+            norms.iter().map(|n| n.bytes()).sum::<u64>()
+                + sub_norms.iter().filter_map(|n| n.as_ref()).map(Footprint::bytes).sum::<u64>()
+                + linears.iter().map(|l| l.bytes()).sum::<u64>()
+        };
+        self.embedding.bytes()
+            + self.layers.iter().map(layer).sum::<u64>()
+            + self.final_norm.bytes()
+            + self.head.as_ref().map_or(0, Footprint::bytes)
+    }
+
+    fn activations(&self, shape: &SessionShape) -> Result<Activations<B>> {
+        let ModelConfig { hidden, intermediate, attention, vocabulary, .. } = self.config;
+        let projected = match self.config.ternary {
+            Some(_) => TensorFormat::Int8,
+            None => TensorFormat::F32,
+        };
+        let make = |rows, width, format| self.backend.tensor(rows, width, format);
+        let (rows, wanted) = (shape.chunk, shape.logit_rows);
+        Ok(Activations {
+            hidden: make(rows, hidden, TensorFormat::F32)?,
+            normed: make(rows, hidden, projected)?,
+            qkv: make(rows, attention.qkv_width(), TensorFormat::F32)?,
+            attended: make(rows, attention.width(), TensorFormat::F32)?,
+            gate_up: make(rows, 2 * intermediate, TensorFormat::F32)?,
+            gated: make(rows, intermediate, projected)?,
+            last: make(wanted, hidden, TensorFormat::F32)?,
+            logits: make(wanted, vocabulary, TensorFormat::F32)?,
+        })
+    }
+}
+
+impl<B: Backend> super::Engine for Transformer<B> {
+    fn device(&self) -> &crate::backend::DeviceInfo {
+        self.backend.device()
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        Transformer::weight_bytes(self)
+    }
+
+    fn max_top_k(&self) -> usize {
+        self.backend.max_top_k()
+    }
+
+    fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>> {
+        let ModelConfig { attention, vocabulary, layers, .. } = self.config;
+        let stream = self.backend.stream(&StreamShape {
+            rows: shape.chunk,
+            context: shape.context,
+            attention,
+            vocabulary,
+        })?;
+        let activations = self.activations(&shape)?;
+        let caches = (0..layers)
+            .map(|_| self.backend.cache(attention, shape.context, shape.cache))
+            .collect::<Result<Vec<_>>>()?;
+        let head_dim = attention.head_dim;
+        let rope = self.backend.rope(&self.config.rope.table(shape.context, head_dim), head_dim)?;
+        Ok(Box::new(Run { model: self, stream, activations, caches, rope, length: 0, shape }))
+    }
+}
+
+impl<B: Backend> Decoder for Run<B> {
+    fn length(&self) -> usize {
+        self.length
+    }
+
+    fn truncate(&mut self, length: usize) {
+        // A dense cache overwrites what lies behind its length.
+        self.length = self.length.min(length);
+    }
+
+    fn forward(&mut self, tokens: &[u32], output: Output<'_>) -> Result<()> {
+        debug_assert!(!tokens.is_empty() && tokens.len() <= self.shape.chunk);
+        let model = self.model.clone();
+        model.forward(self, tokens, output)
+    }
+
+    fn token(&mut self) -> Result<u32> {
+        self.stream.token()
+    }
+
+    fn logits(&mut self) -> Result<Vec<f32>> {
+        self.stream.read(&self.activations.logits)
+    }
+
+    fn memory(&self) -> MemoryUse {
+        let a = &self.activations;
+        let tensors =
+            [&a.hidden, &a.normed, &a.qkv, &a.attended, &a.gate_up, &a.gated, &a.last, &a.logits];
+        MemoryUse {
+            weights: self.model.weight_bytes(),
+            cache: self.caches.iter().map(Footprint::bytes).sum(),
+            activations: tensors.iter().map(|t| t.bytes()).sum::<u64>() + self.rope.bytes(),
+            scratch: self.stream.bytes(),
+        }
+    }
+}
+
+/// Reads tensors by their names in transformers and hands them to a backend.
+struct Loader<'a, B: Backend> {
+    backend: &'a B,
+    tensors: &'a Tensors,
+    config: &'a ModelConfig,
+    weights: WeightFormat,
+    done: LoadProgress,
+    progress: &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn layer(&mut self, index: usize) -> Result<Layer<B>> {
+        let ModelConfig { hidden, intermediate, attention, .. } = *self.config;
+        let AttentionShape { heads, kv_heads, head_dim } = attention;
+        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+
+        let (wq, wk, wv) =
+            (name("self_attn.q_proj"), name("self_attn.k_proj"), name("self_attn.v_proj"));
+        let (gate, up) = (name("mlp.gate_proj"), name("mlp.up_proj"));
+        Ok(Layer {
+            input_norm: self.norm(&name("input_layernorm"), hidden)?,
+            qkv: self.body(&[(&wq, q), (&wk, kv), (&wv, kv)], hidden)?,
+            attn_sub_norm: self.sub_norm(&name("self_attn.attn_sub_norm"), q)?,
+            output: self.body(&[(&name("self_attn.o_proj"), hidden)], q)?,
+            post_attention_norm: self.norm(&name("post_attention_layernorm"), hidden)?,
+            gate_up: self.body(&[(&gate, intermediate), (&up, intermediate)], hidden)?,
+            ffn_sub_norm: self.sub_norm(&name("mlp.ffn_sub_norm"), intermediate)?,
+            down: self.body(&[(&name("mlp.down_proj"), hidden)], intermediate)?,
+        })
+    }
+
+    /// Matrices of the body, (name, output width) each, that share an input of `cols`.
+    fn body(&mut self, parts: &[(&str, usize)], cols: usize) -> Result<B::Linear> {
+        let source = |&(name, rows): &(&str, usize)| match self.config.ternary {
+            Some(storage) => self.tensors.ternary(name, rows, cols, storage),
+            None => self.float_source(name, rows, cols),
+        };
+        let stack = parts.iter().map(source).collect::<Result<Vec<_>>>()?;
+        self.linear(&stack)
+    }
+
+    /// A matrix that stays float in every architecture: embedding and head.
+    fn float(&mut self, name: &str, rows: usize, cols: usize) -> Result<B::Linear> {
+        let source = self.float_source(name, rows, cols)?;
+        self.linear(&[source])
+    }
+
+    fn float_source(&self, name: &str, rows: usize, cols: usize) -> Result<MatrixSource> {
+        let source = self.tensors.matrix(&format!("{name}.weight"), rows, cols)?;
+        Ok(match self.weights {
+            WeightFormat::Stored => source,
+            WeightFormat::Q8 => source.into_q8(),
+        })
+    }
+
+    fn linear(&mut self, stack: &[MatrixSource]) -> Result<B::Linear> {
+        // Parts of a stack may be stored in different float formats; then each is brought to f32,
+        // which holds every one of them.
+        let format = stack[0].format();
+        let linear = if stack.iter().all(|part| part.format() == format) {
+            self.backend.linear(stack)?
+        } else {
+            let widened: Vec<_> = stack.iter().cloned().map(MatrixSource::into_f32).collect();
+            debug_assert!(widened.iter().all(|part| part.format() == MatrixFormat::F32));
+            self.backend.linear(&widened)?
+        };
+        for part in stack {
+            self.advance(part.name())?;
+        }
+        Ok(linear)
+    }
+
+    fn norm(&mut self, name: &str, width: usize) -> Result<B::Norm> {
+        let name = format!("{name}.weight");
+        let weight = self.tensors.vector(&name, width)?;
+        self.advance(&name)?;
+        self.backend.norm(&weight, self.config.norm_eps)
+    }
+
+    fn sub_norm(&mut self, name: &str, width: usize) -> Result<Option<B::Norm>> {
+        match self.config.ternary {
+            Some(_) => self.norm(name, width).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether the head is a matrix of its own. A file that says nothing of tying has one if it has
+    /// the tensor.
+    fn has_own_head(&self) -> bool {
+        match self.config.tied_head {
+            Some(tied) => !tied,
+            None => self.tensors.contains("lm_head.weight"),
+        }
+    }
+
+    fn advance(&mut self, name: &str) -> Result<()> {
+        let bytes = self.tensors.get(name).map_or(0, |info| info.bytes);
+        self.done.bytes += bytes as u64;
+        match (self.progress)(self.done) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Error::Cancelled),
+        }
+    }
+
+    /// Scales and tensors that no layer reads count as done too.
+    fn finish(&mut self) -> Result<()> {
+        self.done.bytes = self.done.total;
+        match (self.progress)(self.done) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Error::Cancelled),
+        }
+    }
+}

@@ -1,0 +1,497 @@
+//! A text that a model continues: its cache, its sampling, and the pieces as they come.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::backend::CacheFormat;
+use crate::error::{Error, Result};
+use crate::model::{Decoder, MemoryUse, Model, Output, SessionShape};
+use crate::sampler::{Draws, SampleStep, Sampling, TokenSet};
+use crate::stop::StopScanner;
+use crate::tokenizer::TextStream;
+
+/// Context of a session where none is asked for, in tokens.
+pub const DEFAULT_CONTEXT: usize = 4096;
+
+/// Tokens of a prompt that run through the layers together.
+///
+/// Enough to use the device well; small enough that a step stays below a second on an integrated
+/// GPU and that activations take megabytes.
+pub(crate) const PREFILL_CHUNK: usize = 256;
+
+/// Tokens a step where the logits of each are wanted: 32 rows of 128,256 logits take 16 MB.
+pub(crate) const LOGITS_CHUNK: usize = 32;
+
+impl SessionShape {
+    pub(crate) fn new(context: usize, cache: CacheFormat) -> Self {
+        Self { context, chunk: PREFILL_CHUNK.min(context), logit_rows: 1, cache }
+    }
+}
+
+/// How large a session may get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct SessionOptions {
+    /// Tokens that the cache holds, all of which are reserved on the device. `None` takes
+    /// [`DEFAULT_CONTEXT`], or the model's own limit where that is less.
+    pub context: Option<usize>,
+    /// Format of cached keys and values.
+    pub cache: CacheFormat,
+}
+
+/// When a generation stops.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateOptions {
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Tokens to make at most; fewer where the context ends.
+    pub max_tokens: usize,
+    /// Texts that end the generation; they are not part of it.
+    pub stop: Vec<String>,
+    /// Goes on after the model's end-of-sequence tokens.
+    pub ignore_eos: bool,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self { sampling: Sampling::default(), max_tokens: 128, stop: Vec::new(), ignore_eos: false }
+    }
+}
+
+/// Why a generation stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended its text with this token.
+    EndOfSequence(u32),
+    /// This stop text came up.
+    Stop(String),
+    /// The number of tokens asked for was made.
+    MaxTokens,
+    /// The context is full.
+    ContextFull,
+    /// [`Cancel::cancel`] was called.
+    Cancelled,
+}
+
+impl FinishReason {
+    /// The reason in a word, as `--json` gives it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::EndOfSequence(_) => "end_of_sequence",
+            Self::Stop(_) => "stop",
+            Self::MaxTokens => "max_tokens",
+            Self::ContextFull => "context_full",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// Stops a session from another thread, such as a signal handler. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// Asks the session to stop before its next step.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Takes the request back, so that the session can go on.
+    pub fn reset(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether it was asked to stop.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Where the time of a generation went.
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
+pub struct Timings {
+    /// Tokens of the prompt that had to be run.
+    pub prompt_tokens: usize,
+    /// Time from the first of them to the first new token.
+    pub prefill: Duration,
+    /// New tokens.
+    pub new_tokens: usize,
+    /// Time from the first new token to the last.
+    pub decode: Duration,
+}
+
+impl Timings {
+    /// Prompt tokens a second.
+    pub fn prefill_rate(&self) -> f64 {
+        self.prompt_tokens as f64 / self.prefill.as_secs_f64().max(1e-9)
+    }
+
+    /// New tokens a second after the first; `None` for fewer than two.
+    pub fn decode_rate(&self) -> Option<f64> {
+        let steps = self.new_tokens.checked_sub(1).filter(|steps| *steps > 0)?;
+        Some(steps as f64 / self.decode.as_secs_f64().max(1e-9))
+    }
+}
+
+/// A text and the keys and values that a model has made of it.
+///
+/// A session continues over turns: each [`Session::generate`] appends to what is there.
+/// [`Session::truncate`] cuts it back to a prefix, whose keys and values stay valid.
+pub struct Session {
+    model: Model,
+    decoder: Box<dyn Decoder>,
+    shape: SessionShape,
+    /// The whole text. The last token of a generation is not in the cache yet: it enters with the
+    /// next step.
+    tokens: Vec<u32>,
+    cancel: Cancel,
+}
+
+impl Session {
+    /// Reserves a cache and everything else that running the model takes.
+    ///
+    /// # Errors
+    /// A context of 0 or above the model's limit; too little device memory.
+    pub fn new(model: &Model, options: &SessionOptions) -> Result<Self> {
+        let limit = model.config().context;
+        let context = options.context.unwrap_or(DEFAULT_CONTEXT.min(limit));
+        if !(1..=limit).contains(&context) {
+            return Err(Error::Parameter {
+                name: "context",
+                value: context.to_string(),
+                allowed: format!("must be from 1 to {limit}, the model's max_position_embeddings"),
+            });
+        }
+        Self::with_shape(model, SessionShape::new(context, options.cache))
+    }
+
+    fn with_shape(model: &Model, shape: SessionShape) -> Result<Self> {
+        let decoder = model.engine().clone().start(shape)?;
+        let (model, cancel) = (model.clone(), Cancel::default());
+        Ok(Self { model, decoder, shape, tokens: Vec::new(), cancel })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Tokens that the session can hold.
+    pub fn context(&self) -> usize {
+        self.shape.context
+    }
+
+    /// The text so far as token ids: at most one more than the context, where a generation has
+    /// filled it.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Bytes held on the device.
+    pub fn memory(&self) -> MemoryUse {
+        self.decoder.memory()
+    }
+
+    /// A handle that stops this session from elsewhere.
+    pub fn cancel_handle(&self) -> Cancel {
+        self.cancel.clone()
+    }
+
+    /// Lets an existing handle stop this session.
+    pub fn cancel_with(&mut self, cancel: Cancel) {
+        self.cancel = cancel;
+    }
+
+    /// Cuts the text back to its first `length` tokens; what is shorter stays as it is.
+    pub fn truncate(&mut self, length: usize) {
+        self.tokens.truncate(length);
+        self.decoder.truncate(length);
+    }
+
+    /// Forgets the text.
+    pub fn clear(&mut self) {
+        self.truncate(0);
+    }
+
+    /// Appends `prompt` to the text and continues it, token by token, as the returned iterator is
+    /// advanced. The prompt itself runs before this returns.
+    ///
+    /// Dropping the iterator stops the generation; the session keeps what was made.
+    ///
+    /// # Errors
+    /// Parameters out of range, a token outside the vocabulary, a text that does not fit in the
+    /// context: then the session is as it was. [`Error::Cancelled`], or a fault of the device.
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        options: &GenerateOptions,
+    ) -> Result<Generation<'_>> {
+        options.sampling.check()?;
+        if options.stop.iter().any(String::is_empty) {
+            let (value, allowed) = ("\"\"".into(), "a stop text must not be empty".into());
+            return Err(Error::Parameter { name: "stop", value, allowed });
+        }
+        let start = Instant::now();
+        let text = TextStream::after(if prompt.is_empty() { &self.tokens } else { prompt });
+        self.append(prompt)?;
+        let pending = self.prefill()?;
+        let mut seen = TokenSet::new(self.model.config().vocabulary);
+        self.tokens.iter().for_each(|&token| seen.insert(token));
+        let mut generation = Generation {
+            options: options.clone(),
+            draws: Draws::new(options.sampling.seed),
+            text,
+            stop: StopScanner::new(&options.stop),
+            seen,
+            finish: None,
+            done: false,
+            started: start,
+            first_token: None,
+            timings: Timings { prompt_tokens: pending, ..Timings::default() },
+            session: self,
+        };
+        if options.max_tokens == 0 {
+            generation.finish = Some(FinishReason::MaxTokens);
+        }
+        Ok(generation)
+    }
+
+    /// Appends `tokens` to the text and returns the logits after the last of them,
+    /// `[vocabulary]`: for callers that choose tokens themselves.
+    ///
+    /// # Errors
+    /// As [`Session::generate`].
+    pub fn evaluate(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.append(tokens)?;
+        self.prefill()?;
+        let pending = &self.tokens[self.decoder.length()..];
+        self.decoder.forward(pending, Output::LastLogits)?;
+        finite(self.decoder.logits()?)
+    }
+
+    /// Appends tokens to the text after checking them; on an error nothing has changed.
+    fn append(&mut self, tokens: &[u32]) -> Result<()> {
+        let config = self.model.config();
+        let vocabulary = config.vocabulary;
+        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
+            return Err(Error::TokenOutOfRange { token, vocabulary });
+        }
+        if tokens.is_empty() && self.tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        check_fits(self.tokens.len() + tokens.len(), self.shape.context, config.context)?;
+        self.tokens.extend_from_slice(tokens);
+        // The first new token needs the output of the last one: at least that one is run again.
+        self.decoder.truncate(self.tokens.len() - 1);
+        Ok(())
+    }
+
+    /// Runs all but the last chunk of what is not in the cache yet; returns how many tokens that
+    /// is, with the last chunk.
+    fn prefill(&mut self) -> Result<usize> {
+        let pending = self.tokens.len() - self.decoder.length();
+        while self.tokens.len() - self.decoder.length() > self.shape.chunk {
+            if self.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let start = self.decoder.length();
+            let chunk = &self.tokens[start..start + self.shape.chunk];
+            self.decoder.forward(chunk, Output::Nothing)?;
+        }
+        Ok(pending)
+    }
+
+    /// Runs what is not in the cache yet and chooses the next token.
+    fn next_token(&mut self, step: &SampleStep<'_>) -> Result<u32> {
+        let pending = &self.tokens[self.decoder.length()..];
+        let every_token_is_a_candidate = step.top_k == 0;
+        let on_device = step.is_greedy()
+            || (!every_token_is_a_candidate && step.top_k <= self.model.engine().max_top_k());
+        if on_device {
+            self.decoder.forward(pending, Output::Sample(step))?;
+            self.decoder.token()
+        } else {
+            self.decoder.forward(pending, Output::LastLogits)?;
+            let mut logits = self.decoder.logits()?;
+            step.choose(&mut logits).ok_or_else(not_finite)
+        }
+    }
+}
+
+fn check_fits(needed: usize, limit: usize, model_limit: usize) -> Result<()> {
+    if needed > limit {
+        return Err(Error::ContextFull { needed, limit, model_limit });
+    }
+    Ok(())
+}
+
+fn not_finite() -> Error {
+    Error::NotFinite { what: "the logits".into() }
+}
+
+impl Model {
+    /// Logits after every token of `ids`: `sink` gets them in order, some rows of `[vocabulary]`
+    /// at a time.
+    ///
+    /// # Errors
+    /// As [`Session::generate`], and whatever `sink` returns.
+    pub fn logits(
+        &self,
+        ids: &[u32],
+        cache: CacheFormat,
+        cancel: &Cancel,
+        mut sink: impl FnMut(&[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let limit = self.config().context;
+        check_fits(ids.len(), limit, limit)?;
+        let (context, chunk) = (ids.len().max(1), LOGITS_CHUNK);
+        let shape = SessionShape { context, chunk, logit_rows: chunk, cache };
+        let mut session = Session::with_shape(self, shape)?;
+        session.append(ids)?;
+        for chunk in ids.chunks(LOGITS_CHUNK) {
+            if cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            session.decoder.forward(chunk, Output::AllLogits)?;
+            sink(&finite(session.decoder.logits()?)?)?;
+        }
+        Ok(())
+    }
+}
+
+fn finite(logits: Vec<f32>) -> Result<Vec<f32>> {
+    if logits.iter().all(|x| x.is_finite()) { Ok(logits) } else { Err(not_finite()) }
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session")
+            .field("model", &self.model)
+            .field("shape", &self.shape)
+            .field("tokens", &self.tokens.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A token and the text that became certain with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The token; `None` for text that was held back until the end.
+    pub token: Option<u32>,
+    /// Its text; empty inside a character that spans tokens, and for what may begin a stop text.
+    pub text: String,
+}
+
+/// The continuation of a text: an iterator over its pieces.
+#[derive(Debug)]
+pub struct Generation<'a> {
+    session: &'a mut Session,
+    options: GenerateOptions,
+    draws: Draws,
+    text: TextStream,
+    stop: StopScanner,
+    seen: TokenSet,
+    finish: Option<FinishReason>,
+    /// The last piece is out.
+    done: bool,
+    started: Instant,
+    first_token: Option<Instant>,
+    timings: Timings,
+}
+
+impl Generation<'_> {
+    /// Why the generation stopped, once the iterator is at its end.
+    pub fn finish_reason(&self) -> Option<&FinishReason> {
+        self.finish.as_ref().filter(|_| self.done)
+    }
+
+    /// Where the time went so far.
+    pub fn timings(&self) -> Timings {
+        self.timings
+    }
+
+    fn advance(&mut self) -> Result<Option<Piece>> {
+        if self.finish.is_some() {
+            return self.last_piece();
+        }
+        if self.session.cancel.is_cancelled() {
+            self.finish = Some(FinishReason::Cancelled);
+            return self.last_piece();
+        }
+        let sampling = &self.options.sampling;
+        let step = SampleStep {
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            repetition_penalty: sampling.repetition_penalty,
+            seen: &self.seen,
+            draw: self.draws.draw(),
+        };
+        let token = self.session.next_token(&step)?;
+        self.tick();
+        if !self.options.ignore_eos && self.session.model.config().eos.contains(&token) {
+            self.finish = Some(FinishReason::EndOfSequence(token));
+            return self.last_piece();
+        }
+        self.seen.insert(token);
+        self.session.tokens.push(token);
+        let text = self.text.push(self.session.model.tokenizer(), token)?;
+        let (text, stopped) = self.stop.push(&text);
+        self.finish = match stopped {
+            Some(stop) => Some(FinishReason::Stop(stop)),
+            None if self.timings.new_tokens == self.options.max_tokens => {
+                Some(FinishReason::MaxTokens)
+            }
+            // This token has no place in the cache: the next one cannot be made from it.
+            None if self.session.tokens.len() > self.session.shape.context => {
+                Some(FinishReason::ContextFull)
+            }
+            None => None,
+        };
+        Ok(Some(Piece { token: Some(token), text }))
+    }
+
+    /// Text that was held back, if any; ends the iterator.
+    fn last_piece(&mut self) -> Result<Option<Piece>> {
+        if std::mem::replace(&mut self.done, true) {
+            return Ok(None);
+        }
+        if matches!(self.finish, Some(FinishReason::Stop(_))) {
+            return Ok(None);
+        }
+        let held = self.text.finish(self.session.model.tokenizer())?;
+        let (mut text, stopped) = self.stop.push(&held);
+        match stopped {
+            Some(stop) => self.finish = Some(FinishReason::Stop(stop)),
+            None => text.push_str(&self.stop.finish()),
+        }
+        Ok(Some(Piece { token: None, text }).filter(|piece| !piece.text.is_empty()))
+    }
+
+    fn tick(&mut self) {
+        let now = Instant::now();
+        self.timings.new_tokens += 1;
+        match self.first_token {
+            None => {
+                self.first_token = Some(now);
+                self.timings.prefill = now - self.started;
+            }
+            Some(first) => self.timings.decode = now - first,
+        }
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = Result<Piece>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.done {
+            return None;
+        }
+        let piece = self.advance();
+        // After a fault nothing more comes.
+        self.done |= piece.is_err();
+        piece.transpose()
+    }
+}
