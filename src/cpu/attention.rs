@@ -212,6 +212,9 @@ impl Kernel for Attend<'_> {
                 let seen = (plan.position + first + i / group + 1).saturating_sub(start).min(count);
                 let result = &mut results[i * plan.result()];
                 let rescale = soften(simd, &mut weights[i], seen, result);
+                if rescale == 1.0 {
+                    continue;
+                }
                 for sums in &mut sums[i * blocks..][..blocks] {
                     for i in 0..BLOCK / S::LANES {
                         let scaled = simd.mul(simd.load(sums, i), simd.splat(rescale));
@@ -325,7 +328,7 @@ fn soften<S: Simd>(simd: S, scores: &mut Block, seen: usize, result: &mut Block)
     for i in 0..BLOCK / S::LANES {
         added = simd.add(added, simd.load(scores, i));
     }
-    let rescale = (old - max).exp();
+    let rescale = if max == old { 1.0 } else { (old - max).exp() };
     result[0] = max;
     result[1] = sum * rescale + simd.sum(added);
     rescale

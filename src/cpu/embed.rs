@@ -35,9 +35,10 @@ impl<W: Weight> Kernel for Decode<'_, W> {
         let (whole, rest) = out.as_chunks_mut::<BLOCK>();
         row.decode(simd, whole);
         if !row.is_whole() {
+            let (raw, scale) = (row.rest(), row.scale(whole.len()));
             let mut block = [0.0; BLOCK];
             for i in 0..BLOCK / S::LANES {
-                simd.store(&mut block, i, W::load(simd, row.rest(), row.scale(whole.len()), i));
+                simd.store(&mut block, i, W::load(simd, &raw, scale, i));
             }
             rest.copy_from_slice(&block[..rest.len()]);
         }

@@ -210,7 +210,8 @@ fn tile_of<'a, S: Simd, W: Weight + 'a, const R: usize, const T: usize>(
             block[..x[t].1.len()].copy_from_slice(x[t].1);
             block
         });
-        let w: [_; R] = std::array::from_fn(|r| (w[r].rest(), w[r].scale(blocks)));
+        let raw: [_; R] = std::array::from_fn(|r| w[r].rest());
+        let w: [_; R] = std::array::from_fn(|r| (&raw[r], w[r].scale(blocks)));
         multiply_block::<S, W, R, T>(simd, w, rest.each_ref(), &mut sums);
     }
     for (t, &sums) in sums.iter().enumerate() {

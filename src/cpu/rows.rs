@@ -93,7 +93,7 @@ impl<Y: Source> WriteRow<'_, Y> {
             for i in 0..BLOCK / S::LANES {
                 let y = self.load(simd, inverse, block, i);
                 max = simd.max(max, simd.abs(y));
-                // A maximum may lose NaN, a sum does not; silence would be the worse for it.
+                // A maximum may lose NaN, a sum does not, and NaN must not become silence.
                 poison = simd.fma(y, zero, poison);
             }
         }

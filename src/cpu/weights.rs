@@ -70,9 +70,8 @@ const _: () = assert!(BLOCK == crate::backend::Q8_BLOCK);
 /// Columns of one row, from a multiple of [`BLOCK`] on.
 pub(super) struct Row<'a, W: Weight> {
     whole: &'a [W::Raw],
-    /// The block that the row ends in, padded with zeros; all zeros where blocks are whole.
-    rest: W::Raw,
-    is_whole: bool,
+    /// What is left after the whole blocks.
+    rest: &'a [u8],
     /// One a block, or none.
     scales: &'a [f16],
 }
@@ -82,7 +81,7 @@ impl<'a, W: Weight> Row<'a, W> {
     #[inline(always)]
     pub(super) fn new(bytes: &'a [u8], scales: &'a [f16]) -> Self {
         let (whole, rest) = W::split(bytes);
-        Self { whole, rest: W::pad(rest), is_whole: rest.is_empty(), scales }
+        Self { whole, rest, scales }
     }
 
     /// Whole blocks.
@@ -94,13 +93,13 @@ impl<'a, W: Weight> Row<'a, W> {
     /// Whether it ends with a whole block.
     #[inline(always)]
     pub(super) fn is_whole(&self) -> bool {
-        self.is_whole
+        self.rest.is_empty()
     }
 
     /// The block after the whole ones, padded with zeros.
     #[inline(always)]
-    pub(super) fn rest(&self) -> &W::Raw {
-        &self.rest
+    pub(super) fn rest(&self) -> W::Raw {
+        W::pad(self.rest)
     }
 
     /// The scale of a block: bits of an `f16`, 0 where the format has none.
@@ -112,10 +111,15 @@ impl<'a, W: Weight> Row<'a, W> {
     /// Decodes it into whole blocks; what is beyond its end becomes zero.
     #[inline(always)]
     pub(super) fn decode<S: Simd>(&self, simd: S, out: &mut [[f32; BLOCK]]) {
-        for (block, out) in out.iter_mut().enumerate() {
-            let raw = self.whole.get(block).unwrap_or(&self.rest);
+        for (block, (raw, out)) in self.whole.iter().zip(&mut *out).enumerate() {
             for i in 0..BLOCK / S::LANES {
                 simd.store(out, i, W::load(simd, raw, self.scale(block), i));
+            }
+        }
+        if let (false, Some(out)) = (self.is_whole(), out.get_mut(self.whole.len())) {
+            let (raw, scale) = (self.rest(), self.scale(self.whole.len()));
+            for i in 0..BLOCK / S::LANES {
+                simd.store(out, i, W::load(simd, &raw, scale, i));
             }
         }
     }

@@ -165,6 +165,15 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn max_lane(self, x: __m256) -> f32 {
+        simd! {
+            let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+
+    #[inline(always)]
     fn bytes(self, from: &[i8; TERNARY_BLOCK], i: usize) -> __m256i {
         memory!(from[i * 32, 32] => |p| _mm256_loadu_si256(p.cast()))
     }

@@ -162,6 +162,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn max_lane(self, x: __m512) -> f32 {
+        simd!(_mm512_reduce_max_ps(x))
+    }
+
+    #[inline(always)]
     fn bytes(self, from: &[i8; TERNARY_BLOCK], _i: usize) -> __m512i {
         memory!(from[0, 64] => |p| _mm512_loadu_si512(p.cast()))
     }

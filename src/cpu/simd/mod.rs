@@ -114,6 +114,9 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// The sum over the lanes of each of four vectors.
     fn sum4(self, x: [Self::Floats; 4]) -> [f32; 4];
 
+    /// The largest lane; unspecified where one is NaN.
+    fn max_lane(self, x: Self::Floats) -> f32;
+
     /// A vector of activations.
     fn bytes(self, from: &[i8; TERNARY_BLOCK], i: usize) -> Self::Bytes;
     /// The four 2-bit fields of each packed byte, `code << FIELD_SHIFTS[field]`.
@@ -136,14 +139,6 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     fn sum(self, x: Self::Floats) -> f32 {
         let zero = self.splat(0.0);
         self.sum4([x, zero, zero, zero])[0]
-    }
-
-    /// The largest lane; NaN where there is one.
-    #[inline(always)]
-    fn max_lane(self, x: Self::Floats) -> f32 {
-        let mut block = [f32::NEG_INFINITY; BLOCK];
-        self.store(&mut block, 0, x);
-        block.into_iter().fold(f32::NEG_INFINITY, |m, v| if m >= v { m } else { v })
     }
 
     /// `|x|`; NaN where it is NaN.

@@ -189,6 +189,11 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn max_lane(self, x: float32x4_t) -> f32 {
+        simd!(vmaxvq_f32(x))
+    }
+
+    #[inline(always)]
     fn bytes(self, from: &[i8; TERNARY_BLOCK], i: usize) -> int8x16_t {
         memory!(from[i * 16, 16] => |p| vld1q_s8(p))
     }

@@ -142,6 +142,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn max_lane(self, x: [f32; LANES]) -> f32 {
+        x.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    #[inline(always)]
     fn bytes(self, from: &[i8; TERNARY_BLOCK], i: usize) -> [u8; BYTES] {
         std::array::from_fn(|l| from[i * BYTES + l] as u8)
     }
