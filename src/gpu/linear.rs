@@ -219,9 +219,9 @@ impl<'a> Upload<'a> {
 
     /// Sends what waits in staging memory, and waits until it has been taken.
     fn finish(&mut self) -> Result<()> {
-        self.device.queue.submit([]);
+        let submission = self.device.queue.submit([]);
         self.staged = 0;
-        self.device.wait()
+        self.device.wait(Some(submission))
     }
 }
 

@@ -62,6 +62,8 @@ pub(super) struct Recorder {
     parameters: HashMap<Parameters, u32>,
     parameter_bytes: Vec<u8>,
     parameter_buffer: Buffer,
+    /// The last submission.
+    submitted: Option<wgpu::SubmissionIndex>,
     counters: Counters,
 }
 
@@ -96,6 +98,7 @@ impl Recorder {
             parameters: HashMap::new(),
             parameter_bytes: Vec::new(),
             parameter_buffer,
+            submitted: None,
             counters: Counters::default(),
         })
     }
@@ -173,12 +176,18 @@ impl Recorder {
         for copy in self.copies.drain(..) {
             encoder.copy_buffer_to_buffer(&copy.from, 0, &copy.to, 0, copy.bytes);
         }
-        self.device.queue.submit([encoder.finish()]);
+        self.submitted = Some(self.device.queue.submit([encoder.finish()]));
         self.work = 0;
         self.parameters.clear();
         self.parameter_bytes.clear();
         self.counters.submissions += 1;
         self.device.check()
+    }
+
+    /// Submits what was recorded, waits for it, and reads a buffer that it has copied to.
+    pub(super) fn read(&mut self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
+        self.submit()?;
+        self.device.map(buffer, bytes, self.submitted.clone())
     }
 
     /// Where these parameters will stand in the parameter buffer.
