@@ -60,11 +60,10 @@ fn main(@builtin(local_invocation_index) lane: u32) {
     if (lane != 0u) {
         return;
     }
-    // NaN has the largest key; an infinite best logit leaves no weights to draw from.
-    let infinite = best == 0xff800000u || best <= 0x007fffffu;
-    let drawn = params.temperature > 0.0 && params.count > 1u;
-    choice.not_finite = u32(best == 0xffffffffu || (drawn && infinite));
-    if (drawn && !infinite) {
+    // NaN has the largest key, above that of infinity; below are minus infinity and nothing.
+    let not_finite = best >= 0xff800000u || best <= 0x007fffffu;
+    choice.not_finite = u32(not_finite);
+    if (params.temperature > 0.0 && params.count > 1u && !not_finite) {
         choice.token = kept[draw()].y;
     } else {
         choice.token = kept[0].y;

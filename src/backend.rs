@@ -100,6 +100,11 @@ impl AttentionShape {
     pub fn width(&self) -> usize {
         self.heads * self.head_dim
     }
+
+    /// Width of all keys, or all values: `G D`.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
 }
 
 /// What one session needs of its stream: how large anything it is asked can get.
@@ -256,6 +261,9 @@ pub trait Operations<B: Backend<Stream = Self>>: Send {
 
     /// Ends the step: a GPU starts to work. Does not wait.
     fn submit(&mut self) -> Result<()>;
+
+    /// Waits until all submitted work is done.
+    fn wait(&mut self) -> Result<()>;
 
     /// Waits for the sampled token of the last submitted step.
     ///

@@ -44,7 +44,7 @@
 //! - Integer arithmetic is exact: given the same 8-bit inputs, ternary products are bit-equal on
 //!   every backend.
 //! - A fault is a [`Result`] that names the file, tensor, shape, limit or device. The library does
-//!   not panic on input, print or exit.
+//!   not panic on a checkpoint or a prompt, whatever is in it, and it does not print or exit.
 //! - The same seed gives the same text on the same device.
 //!
 //! [`MatrixSource`]: checkpoint::MatrixSource
@@ -67,6 +67,6 @@ pub use model::{DeviceChoice, Model, ModelOptions};
 pub use sampler::Sampling;
 pub use session::{
     Cancel, DEFAULT_CONTEXT, FinishReason, GenerateOptions, Generation, Piece, Session,
-    SessionOptions, Timings,
+    SessionOptions, Timings, check_context,
 };
 pub use tokenizer::Tokenizer;

@@ -456,6 +456,10 @@ impl Operations<Reference> for Stream {
         Ok(())
     }
 
+    fn wait(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     fn token(&mut self) -> Result<u32> {
         self.sampled.ok_or_else(|| Error::NotFinite { what: "the logits".into() })
     }
@@ -575,11 +579,11 @@ fn sample(logits: &[f32], step: &SampleStep<'_>) -> Option<u32> {
     // A stable sort: equal logits stay in the order of their ids.
     candidates.sort_by(|a, b| b.0.partial_cmp(&a.0).expect("no NaN"));
     let first = candidates[0];
-    if step.is_greedy() {
-        return Some(first.1);
-    }
     if !first.0.is_finite() {
         return None;
+    }
+    if step.is_greedy() {
+        return Some(first.1);
     }
     if step.top_k > 0 {
         candidates.truncate(step.top_k);

@@ -106,7 +106,8 @@ impl TokenSet {
 /// 7. The first candidate with `w_0 + ... + w_i > draw S` is chosen, `S` the sum over those left;
 ///    the last one if rounding leaves none.
 ///
-/// Sums run in the candidates' order, in `f32`. A NaN among the logits is an error, never a token.
+/// Sums run in the candidates' order, in `f32`. A NaN among the logits, or a first candidate that
+/// is infinite, is an error, never a token.
 #[derive(Clone, Copy, Debug)]
 pub struct SampleStep<'a> {
     /// See [`Sampling::temperature`].
@@ -132,7 +133,7 @@ impl SampleStep<'_> {
     }
 
     /// Chooses a token from `logits` `[vocabulary]` by the rule, on the host; `None` where one of
-    /// them is NaN. The logits are left with the repetition penalty applied.
+    /// them is NaN or the likeliest is infinite. The logits are left with the repetition penalty applied.
     pub fn choose(&self, logits: &mut [f32]) -> Option<u32> {
         if self.repetition_penalty != 1.0 {
             for (token, logit) in (0u32..).zip(logits.iter_mut()) {
@@ -148,9 +149,13 @@ impl SampleStep<'_> {
         if logits.is_empty() || logits.iter().any(|logit| logit.is_nan()) {
             return None;
         }
+        let likelier = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
+        let likeliest = (1..logits.len()).fold(0, likelier);
+        if !logits[likeliest].is_finite() {
+            return None;
+        }
         if self.is_greedy() {
-            let likelier = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
-            return Some((1..logits.len()).fold(0, likelier) as u32);
+            return Some(likeliest as u32);
         }
         let candidates = self.candidates(logits);
         self.draw_from(&candidates)
@@ -171,10 +176,7 @@ impl SampleStep<'_> {
     /// Steps 4 to 7 of the rule.
     fn draw_from(&self, candidates: &[(u32, f32)]) -> Option<u32> {
         let &(_, highest) = candidates.first()?;
-        let weight = |&(_, logit): &(u32, f32)| {
-            // Where the highest is infinite, so is the difference of two that are: weigh them 1.
-            if logit == highest { 1.0 } else { ((logit - highest) / self.temperature).exp() }
-        };
+        let weight = |&(_, logit): &(u32, f32)| ((logit - highest) / self.temperature).exp();
         let weights: Vec<f32> = candidates.iter().map(weight).collect();
         let total: f32 = weights.iter().sum();
         let mut kept = weights.iter().take_while(|w| **w >= self.min_p).count().max(1);
@@ -295,7 +297,11 @@ mod tests {
         assert_eq!(choose(&[1.0, 2.0, 2.0], |s| s.temperature = 0.0), Some(1));
         assert_eq!(choose(&[1.0, f32::NAN], |_| ()), None);
         assert_eq!(choose(&[1.0, f32::NAN], |s| s.temperature = 0.0), None);
-        assert_eq!(choose(&[f32::NEG_INFINITY, f32::INFINITY], |s| s.draw = 0.9), Some(1));
+        for bad in [[f32::NEG_INFINITY, f32::INFINITY], [f32::NEG_INFINITY; 2]] {
+            assert_eq!(choose(&bad, |s| s.draw = 0.9), None);
+            assert_eq!(choose(&bad, |s| s.temperature = 0.0), None);
+        }
+        assert_eq!(choose(&[f32::NEG_INFINITY, 3.0], |s| s.draw = 0.9), Some(1));
     }
 
     #[test]

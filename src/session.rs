@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::backend::CacheFormat;
+use crate::checkpoint::ModelConfig;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, MemoryUse, Model, Output, SessionShape};
 use crate::sampler::{Draws, SampleStep, Sampling, TokenSet};
@@ -155,13 +156,7 @@ impl Session {
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Self> {
         let limit = model.config().context;
         let context = options.context.unwrap_or(DEFAULT_CONTEXT.min(limit));
-        if !(1..=limit).contains(&context) {
-            return Err(Error::Parameter {
-                name: "context",
-                value: context.to_string(),
-                allowed: format!("must be from 1 to {limit}, the model's max_position_embeddings"),
-            });
-        }
+        check_context(context, model.config())?;
         Self::with_shape(model, SessionShape::new(context, options.cache))
     }
 
@@ -214,13 +209,14 @@ impl Session {
     }
 
     /// Appends `prompt` to the text and continues it, token by token, as the returned iterator is
-    /// advanced. The prompt itself runs before this returns.
+    /// advanced. All but the last chunk of the prompt runs before this returns.
     ///
-    /// Dropping the iterator stops the generation; the session keeps what was made.
+    /// Dropping the iterator stops the generation; the session keeps what was made: also the
+    /// end-of-sequence token, and the tokens that a stop text came up in.
     ///
     /// # Errors
     /// Parameters out of range, a token outside the vocabulary, a text that does not fit in the
-    /// context: then the session is as it was. [`Error::Cancelled`], or a fault of the device.
+    /// context, [`Error::Cancelled`], or a fault of the device: then the text is as it was.
     pub fn generate(
         &mut self,
         prompt: &[u32],
@@ -233,8 +229,7 @@ impl Session {
         }
         let start = Instant::now();
         let text = TextStream::after(if prompt.is_empty() { &self.tokens } else { prompt });
-        self.append(prompt)?;
-        let pending = self.prefill()?;
+        let pending = self.prefill(prompt)?;
         let mut seen = TokenSet::new(self.model.config().vocabulary);
         self.tokens.iter().for_each(|&token| seen.insert(token));
         let mut generation = Generation {
@@ -262,11 +257,15 @@ impl Session {
     /// # Errors
     /// As [`Session::generate`].
     pub fn evaluate(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
-        self.append(tokens)?;
-        self.prefill()?;
+        let before = self.tokens.len();
+        self.prefill(tokens)?;
         let pending = &self.tokens[self.decoder.length()..];
-        self.decoder.forward(pending, Output::LastLogits)?;
-        finite(self.decoder.logits()?)
+        let run = self.decoder.forward(pending, Output::LastLogits);
+        let logits = run.and_then(|()| self.decoder.logits()).and_then(finite);
+        if logits.is_err() {
+            self.truncate(before);
+        }
+        logits
     }
 
     /// Appends tokens to the text after checking them; on an error nothing has changed.
@@ -286,10 +285,20 @@ impl Session {
         Ok(())
     }
 
-    /// Runs all but the last chunk of what is not in the cache yet; returns how many tokens that
-    /// is, with the last chunk.
-    fn prefill(&mut self) -> Result<usize> {
+    /// Appends tokens and runs all but the last chunk of what is not in the cache yet; returns how
+    /// many tokens that is, with the last chunk. On an error the text is as it was.
+    fn prefill(&mut self, tokens: &[u32]) -> Result<usize> {
+        let before = self.tokens.len();
+        self.append(tokens)?;
         let pending = self.tokens.len() - self.decoder.length();
+        let run = self.run_chunks();
+        if run.is_err() {
+            self.truncate(before);
+        }
+        run.map(|()| pending)
+    }
+
+    fn run_chunks(&mut self) -> Result<()> {
         while self.tokens.len() - self.decoder.length() > self.shape.chunk {
             if self.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
@@ -297,8 +306,10 @@ impl Session {
             let start = self.decoder.length();
             let chunk = &self.tokens[start..start + self.shape.chunk];
             self.decoder.forward(chunk, Output::Nothing)?;
+            // One chunk at a time is on its way: work that is queued cannot be cancelled.
+            self.decoder.wait()?;
         }
-        Ok(pending)
+        Ok(())
     }
 
     /// Runs what is not in the cache yet and chooses the next token.
@@ -316,6 +327,22 @@ impl Session {
             step.choose(&mut logits).ok_or_else(not_finite)
         }
     }
+}
+
+/// Refuses a context that no session of the model could have.
+///
+/// # Errors
+/// [`Error::Parameter`] with the allowed range.
+pub fn check_context(context: usize, config: &ModelConfig) -> Result<()> {
+    let limit = config.context;
+    if (1..=limit).contains(&context) {
+        return Ok(());
+    }
+    Err(Error::Parameter {
+        name: "context",
+        value: context.to_string(),
+        allowed: format!("must be from 1 to {limit}, the model's max_position_embeddings"),
+    })
 }
 
 fn check_fits(needed: usize, limit: usize, model_limit: usize) -> Result<()> {
@@ -378,7 +405,8 @@ impl std::fmt::Debug for Session {
 pub struct Piece {
     /// The token; `None` for text that was held back until the end.
     pub token: Option<u32>,
-    /// Its text; empty inside a character that spans tokens, and for what may begin a stop text.
+    /// Its text; empty inside a character that spans tokens, for what may begin a stop text, and for
+    /// an end-of-sequence token.
     pub text: String,
 }
 
@@ -430,12 +458,12 @@ impl Generation<'_> {
         };
         let token = self.session.next_token(&step)?;
         self.tick();
-        if !self.options.ignore_eos && self.session.model.config().eos.contains(&token) {
-            self.finish = Some(FinishReason::EndOfSequence(token));
-            return self.last_piece();
-        }
         self.seen.insert(token);
         self.session.tokens.push(token);
+        if !self.options.ignore_eos && self.session.model.config().eos.contains(&token) {
+            self.finish = Some(FinishReason::EndOfSequence(token));
+            return Ok(Some(Piece { token: Some(token), text: String::new() }));
+        }
         let text = self.text.push(self.session.model.tokenizer(), token)?;
         let (text, stopped) = self.stop.push(&text);
         self.finish = match stopped {

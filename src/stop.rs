@@ -12,8 +12,9 @@ impl StopScanner {
         Self { stops: stops.to_vec(), held: String::new() }
     }
 
-    /// The text that is certain not to belong to a stop text, and the stop text that was found:
-    /// the one that begins first, the longest of those that begin together.
+    /// The text that is certain not to belong to a stop text, and the stop text that was found: of
+    /// those that are whole by now the one that begins first, the longest of those that begin
+    /// together.
     pub fn push(&mut self, text: &str) -> (String, Option<String>) {
         self.held.push_str(text);
         let found = self

@@ -1,13 +1,12 @@
 //! Text to token ids and back, by Hugging Face's `tokenizers`.
 
-use std::fs::File;
-use std::io::Read;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{Checkpoint, Object};
+use crate::checkpoint::{Checkpoint, Object, read_bounded};
 use crate::error::{Error, Result};
 
-/// Llama 3's file has 17 MB; ten times that is no tokenizer.
+/// Llama 3's file has 17 MB; fifteen times that is no tokenizer.
 const MAX_BYTES: u64 = 256 << 20;
 
 /// The tokenizer of a checkpoint.
@@ -15,8 +14,18 @@ const MAX_BYTES: u64 = 256 << 20;
 pub struct Tokenizer {
     path: PathBuf,
     inner: tokenizers::Tokenizer,
-    /// The beginning-of-text token, where `tokenizer_config.json` asks for one.
-    bos: Option<u32>,
+    beginning: Beginning,
+}
+
+/// What stands before the text of a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Beginning {
+    /// What `tokenizer.json` adds itself.
+    AsInFile,
+    /// That, and this token unless it is there already.
+    With(u32),
+    /// No special token.
+    Nothing,
 }
 
 impl Tokenizer {
@@ -26,13 +35,11 @@ impl Tokenizer {
     /// A missing or malformed file; a vocabulary that is larger than the model's embedding.
     pub(crate) fn open(checkpoint: &Checkpoint) -> Result<Self> {
         let path = checkpoint.dir.join("tokenizer.json");
-        let malformed = |message: String| Error::Malformed { path: path.clone(), message };
-        let text = read_bounded(&path)?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&text)
-            .map_err(|error| malformed(format!("is not a tokenizer: {error}")))?;
+        let text = read_bounded(&path, MAX_BYTES)?;
+        let mut inner = guarded(&path, || tokenizers::Tokenizer::from_bytes(&text))?;
         // A prompt is never shortened or filled up behind the caller's back.
         inner.with_padding(None);
-        inner.with_truncation(None).map_err(|error| malformed(error.to_string()))?;
+        guarded(&path, || inner.with_truncation(None).map(drop))?;
 
         let vocabulary = checkpoint.config.vocabulary;
         let highest = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id);
@@ -43,10 +50,15 @@ impl Tokenizer {
                 "has token {token:?} with id {id}, but the model's embedding has only \
                  {vocabulary} rows"
             );
-            return Err(malformed(message));
+            return Err(Error::Malformed { path, message });
         }
-        let bos = configured_bos(&checkpoint.dir, &inner)?;
-        Ok(Self { path, inner, bos })
+        let beginning = beginning(&checkpoint.dir, &inner)?;
+        let tokenizer = Self { path, inner, beginning };
+        // A template that names what is not there shows at the first use only.
+        for text in ["", "a"] {
+            tokenizer.encode(text)?;
+        }
+        Ok(tokenizer)
     }
 
     /// Token ids of `text`, with the special tokens that the model expects at its beginning.
@@ -54,9 +66,8 @@ impl Tokenizer {
     /// # Errors
     /// What the tokenizer reports; ordinary text never fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode(text, true).map_err(|error| self.error(&*error))?;
-        let mut ids = encoding.get_ids().to_vec();
-        if let Some(bos) = self.bos
+        let mut ids = self.encode_with(text, self.beginning != Beginning::Nothing)?;
+        if let Beginning::With(bos) = self.beginning
             && ids.first() != Some(&bos)
         {
             ids.insert(0, bos);
@@ -69,7 +80,11 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode(text, false).map_err(|error| self.error(&*error))?;
+        self.encode_with(text, false)
+    }
+
+    fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding = guarded(&self.path, || self.inner.encode(text, special))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -78,7 +93,7 @@ impl Tokenizer {
     /// # Errors
     /// What the tokenizer reports.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(|error| self.error(&*error))
+        guarded(&self.path, || self.inner.decode(ids, true))
     }
 
     /// The token's entry in the vocabulary, such as `Ġball` or `<|eot_id|>`.
@@ -95,31 +110,35 @@ impl Tokenizer {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
 
-    fn error(&self, error: &dyn std::error::Error) -> Error {
-        Error::Malformed { path: self.path.clone(), message: error.to_string() }
+/// Calls the tokenizer library, which panics on some files that it should refuse: such a panic is an
+/// error of the file.
+fn guarded<T>(path: &Path, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    let malformed = |message: String| Error::Malformed { path: path.to_owned(), message };
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| malformed(format!("is not usable: {error}"))),
+        Err(_) => Err(malformed("is inconsistent: the tokenizer library panicked on it".into())),
     }
 }
 
-fn read_bounded(path: &Path) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(Error::io(path))?;
-    let mut text = Vec::new();
-    let length = file.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(Error::io(path))?;
-    if length as u64 > MAX_BYTES {
-        let message = format!("is larger than {MAX_BYTES} bytes");
-        return Err(Error::Malformed { path: path.to_owned(), message });
-    }
-    Ok(text)
-}
-
-/// `add_bos_token` and `bos_token` of `tokenizer_config.json`. Most tokenizers need neither: their
-/// `tokenizer.json` adds the token itself.
-fn configured_bos(dir: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<Option<u32>> {
+/// `add_bos_token` and `bos_token` of `tokenizer_config.json`, as transformers takes them: the flag
+/// counts for every class that has it set, and is true by default for Llama's own classes. Most
+/// files need neither: their `tokenizer.json` adds the token itself.
+fn beginning(dir: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<Beginning> {
     let Some(config) = Object::read_optional(&dir.join("tokenizer_config.json"))? else {
-        return Ok(None);
+        return Ok(Beginning::AsInFile);
     };
-    if config.flag("add_bos_token")? != Some(true) {
-        return Ok(None);
+    if config.flag("add_eos_token")? == Some(true) {
+        log::warn!("add_eos_token is left out: a prompt that is ended cannot be continued");
+    }
+    let class = config.text("tokenizer_class")?.unwrap_or_default();
+    let llama = matches!(class, "LlamaTokenizer" | "LlamaTokenizerFast");
+    match config.flag("add_bos_token")? {
+        Some(false) if llama => return Ok(Beginning::Nothing),
+        None if !llama => return Ok(Beginning::AsInFile),
+        Some(false) => return Ok(Beginning::AsInFile),
+        Some(true) | None => {}
     }
     // Either the token itself or an object that describes it.
     let token = match config.get("bos_token") {
@@ -127,11 +146,26 @@ fn configured_bos(dir: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<Optio
         Some(token) => token.as_str(),
         None => None,
     };
-    let Some(token) = token else { return Ok(None) };
+    let Some(token) = token else { return Ok(Beginning::AsInFile) };
     match tokenizer.token_to_id(token) {
-        Some(id) => Ok(Some(id)),
+        Some(id) => Ok(Beginning::With(id)),
         None => Err(config.error("bos_token", format!("{token:?} is not in tokenizer.json"))),
     }
+}
+
+/// Tokens after which a text that is still unfinished is taken as it is.
+const MAX_FRESH: usize = 64;
+
+/// The beginning of `text` that no later token changes.
+///
+/// Of a character with up to four bytes, at most three are there before it is whole. They decode to
+/// one U+FFFD together (byte-level tokenizers) or to one each (byte fallback).
+fn certain(text: &str) -> &str {
+    let mut rest = text;
+    for _ in 0..3 {
+        rest = rest.strip_suffix('\u{fffd}').unwrap_or(rest);
+    }
+    rest
 }
 
 /// Turns tokens into text as they come: a character whose bytes span tokens is held back until it
@@ -158,16 +192,14 @@ impl TextStream {
     pub fn push(&mut self, tokenizer: &Tokenizer, token: u32) -> Result<String> {
         self.fresh.push(token);
         let text = self.text(tokenizer)?;
-        // An unfinished character decodes to one U+FFFD at the end.
-        match text.strip_suffix('\u{fffd}') {
-            Some(certain) => Ok(self.emit(certain)),
-            None => {
-                let piece = self.emit(&text);
-                self.context = std::mem::take(&mut self.fresh);
-                self.emitted = 0;
-                Ok(piece)
-            }
+        let certain = certain(&text).len();
+        let piece = self.emit(&text[..certain]);
+        // Bytes that never become whole must not be decoded again with every token.
+        if certain == text.len() || self.fresh.len() == MAX_FRESH {
+            self.context = std::mem::take(&mut self.fresh);
+            self.emitted = 0;
         }
+        Ok(piece)
     }
 
     /// What is still held back: the bytes of an unfinished character, as U+FFFD.
@@ -191,5 +223,67 @@ impl TextStream {
         let piece = text.get(self.emitted..).unwrap_or_default().to_owned();
         self.emitted = self.emitted.max(text.len());
         piece
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A tokenizer whose tokens are single bytes, in one of the two ways of writing them.
+    fn bytes(fallback: bool) -> Tokenizer {
+        let alphabet = crate::checkpoint::synthetic::byte_alphabet();
+        let name = |byte: u8| match fallback {
+            true => format!("<0x{byte:02X}>"),
+            false => alphabet[usize::from(byte)].to_string(),
+        };
+        let vocab: serde_json::Map<_, _> = (0..=255).map(|b| (name(b), json!(b))).collect();
+        let decoder = match fallback {
+            true => json!({ "type": "Sequence", "decoders": [
+                { "type": "ByteFallback" }, { "type": "Fuse" }] }),
+            false => json!({ "type": "ByteLevel", "add_prefix_space": false,
+                             "trim_offsets": true, "use_regex": true }),
+        };
+        let file = json!({
+            "version": "1.0", "decoder": decoder,
+            "model": { "type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": fallback },
+        });
+        let inner = tokenizers::Tokenizer::from_bytes(file.to_string()).expect("a tokenizer");
+        Tokenizer { path: PathBuf::new(), inner, beginning: Beginning::AsInFile }
+    }
+
+    fn stream(tokenizer: &Tokenizer, bytes: &[u8]) -> Vec<String> {
+        let mut stream = TextStream::after(&[]);
+        let push = |&byte: &u8| stream.push(tokenizer, byte.into()).expect("text");
+        let mut pieces: Vec<String> = bytes.iter().map(push).collect();
+        pieces.push(stream.finish(tokenizer).expect("text"));
+        pieces
+    }
+
+    #[test]
+    fn characters_come_whole() {
+        let text = "a €b 😀😀é\n日本 👩‍🚀.";
+        for fallback in [false, true] {
+            let tokenizer = bytes(fallback);
+            let pieces = stream(&tokenizer, text.as_bytes());
+            assert_eq!(pieces.concat(), text, "fallback {fallback}");
+            assert!(pieces.iter().all(|piece| !piece.contains('\u{fffd}')));
+        }
+    }
+
+    #[test]
+    fn broken_bytes_come_as_replacements_and_do_not_stop_the_text() {
+        for fallback in [false, true] {
+            let tokenizer = bytes(fallback);
+            let endless = stream(&tokenizer, &[0xff; 1000]);
+            assert!(endless[..900].concat().chars().count() > 800, "fallback {fallback}");
+            let cut = stream(&tokenizer, &"ab€".as_bytes()[..4]).concat();
+            assert!(cut.starts_with("ab\u{fffd}"), "fallback {fallback}: {cut:?}");
+        }
+        // Byte-level tokenizers decode what follows broken bytes.
+        let mixed = [&[0xff, 0xe2][..], "€ x".as_bytes()].concat();
+        assert!(stream(&bytes(false), &mixed).concat().ends_with("€ x"));
     }
 }

@@ -184,6 +184,105 @@ fn a_wrong_tensor_is_named() {
 }
 
 #[test]
+fn what_would_be_left_out_silently_is_refused() {
+    let copy = Copy::of("llama-32");
+    copy.tensors(|list| {
+        let norm = "model.layers.0.self_attn.q_norm.weight".into();
+        list.push((norm, Dtype::BF16, vec![1], vec![0; 2]));
+    });
+    copy.says(&["q_norm", "does not have"]);
+    let copy = Copy::of("llama-32");
+    copy.json("config.json", |json| json["num_hidden_layers"] = json!(2));
+    copy.says(&["model.layers.2."]);
+
+    // A tied head beside the embedding: fine if it is the same, else which one is meant?
+    let copy = Copy::of("llama-32");
+    let add_head = |list: &mut Vec<(String, Dtype, Vec<usize>, Vec<u8>)>| {
+        let table = list.iter().find(|(name, ..)| name == "model.embed_tokens.weight");
+        let (_, dtype, shape, data) = table.expect("embedding").clone();
+        list.push(("lm_head.weight".into(), dtype, shape, data));
+    };
+    copy.tensors(add_head);
+    assert_eq!(Checkpoint::open(copy.0.path()).expect("opened").config.tied_head, Some(true));
+    copy.tensors(|list| {
+        let head = list.iter_mut().find(|(name, ..)| name == "lm_head.weight").expect("head");
+        head.3[0] ^= 1;
+    });
+    copy.says(&["lm_head.weight", "tie_word_embeddings"]);
+}
+
+#[test]
+fn weights_that_are_not_numbers_never_become_text() {
+    let nan = |copy: &Copy, name: &str| {
+        copy.tensors(|list| {
+            let tensor = list.iter_mut().find(|(n, ..)| n == name).expect("tensor");
+            assert_eq!(tensor.1, Dtype::BF16);
+            tensor.3[2..4].copy_from_slice(&0x7fc0u16.to_le_bytes());
+        });
+    };
+    let down = "model.layers.0.mlp.down_proj.weight";
+    let copy = Copy::of("bitnet-80");
+    nan(&copy, down);
+    copy.says(&[down, "NaN"]);
+
+    let copy = Copy::of("llama-32");
+    nan(&copy, down);
+    for (device, options) in common::devices() {
+        for weights in [WeightFormat::Stored, WeightFormat::Q8] {
+            let model = Model::open(copy.0.path(), &ModelOptions { weights, ..options.clone() });
+            let mut session =
+                Session::new(&model.expect("opened"), &SessionOptions::default()).expect("session");
+            let error = session.evaluate(&[1, 2, 3]).expect_err("NaN");
+            assert!(matches!(error, deltallm::Error::NotFinite { .. }), "{device}: {error}");
+            let generation = session.generate(&[1, 2, 3], &deltallm::GenerateOptions::default());
+            let piece = generation.expect("prompt").next().expect("a piece");
+            let error = piece.expect_err("NaN");
+            assert!(matches!(error, deltallm::Error::NotFinite { .. }), "{device}: {error}");
+        }
+    }
+}
+
+#[test]
+fn an_inconsistent_tokenizer_is_an_error() {
+    let copy = Copy::of("llama-64");
+    copy.json("tokenizer.json", |json| {
+        let special = json!({ "SpecialToken": { "id": "<|no such token|>", "type_id": 0 } });
+        json["post_processor"] = json!({
+            "type": "TemplateProcessing",
+            "single": [special, { "Sequence": { "id": "A", "type_id": 0 } }],
+            "pair": [], "special_tokens": {},
+        });
+    });
+    copy.says(&["tokenizer.json"]);
+}
+
+#[test]
+fn the_beginning_of_text_follows_the_tokenizer_config() {
+    let cpu = ModelOptions { device: DeviceChoice::Cpu, ..ModelOptions::default() };
+    let encode = |config: Value| {
+        let copy = Copy::of("bitnet-32"); // whose tokenizer.json adds nothing
+        fs::write(copy.path("tokenizer_config.json"), config.to_string()).expect("write");
+        let model = Model::open(copy.0.path(), &cpu).expect("opened");
+        let plain = model.tokenizer().encode_continuation("a").expect("encoded");
+        let ids = model.tokenizer().encode("a").expect("encoded");
+        let token = model.tokenizer().token(ids[0]).expect("a token");
+        (ids.len() - plain.len(), token)
+    };
+    let tokens = fs::read_to_string(fixture("bitnet-32").join("tokenizer.json")).expect("file");
+    let tokens: Value = serde_json::from_str(&tokens).expect("json");
+    let bos = tokens["added_tokens"][0]["content"].clone();
+    assert_eq!(encode(json!({})).0, 0);
+    assert_eq!(encode(json!({ "add_bos_token": false, "bos_token": bos })).0, 0);
+    let added = (1, bos.as_str().expect("text").to_owned());
+    assert_eq!(encode(json!({ "add_bos_token": true, "bos_token": bos })), added);
+    assert_eq!(encode(json!({ "add_bos_token": true, "bos_token": { "content": bos } })), added);
+    let llama = "LlamaTokenizerFast";
+    assert_eq!(encode(json!({ "tokenizer_class": llama, "bos_token": bos })), added);
+    let off = json!({ "tokenizer_class": llama, "add_bos_token": false, "bos_token": bos });
+    assert_eq!(encode(off).0, 0);
+}
+
+#[test]
 fn a_wrong_bitnet_tensor_is_named() {
     let scale = "model.layers.0.mlp.gate_proj.weight_scale";
     let copy = Copy::of("bitnet-32");
@@ -194,6 +293,14 @@ fn a_wrong_bitnet_tensor_is_named() {
         tensor.3.fill(0);
     });
     copy.says(&[scale, "is 0"]);
+
+    let up = "model.layers.1.mlp.up_proj.weight";
+    let copy = Copy::of("bitnet-32");
+    copy.tensors(|list| {
+        let tensor = list.iter_mut().find(|(name, ..)| name == up).expect("tensor");
+        tensor.3[5] = 0b11_00_00_00;
+    });
+    copy.says(&[up, "byte 5", "trits"]);
 
     // Master weights where packed ones are announced, and the other way round.
     let copy = Copy::of("bitnet-80");

@@ -94,6 +94,33 @@ fn json_holds_everything_a_script_asks_for() {
 }
 
 #[test]
+fn options_of_sampling_and_formats_reach_every_device() {
+    let model = fixture("bitnet-64");
+    let adapter = common::test_adapter();
+    for device in ["cpu", &adapter] {
+        let run_with = |more: &[&str]| {
+            let args = ["generate", "Hello", "--model", path(&model), "--device", device];
+            let output =
+                ok(run(&[&args[..], &["-n", "12", "--ignore-eos", "--json"], more].concat()));
+            serde_json::from_str::<Value>(&out(&output)).expect("one JSON object")
+        };
+        let greedy = run_with(&[]);
+        assert_eq!(
+            run_with(&["--weights", "q8", "--cache", "f32"])["ids"].as_array().map(Vec::len),
+            Some(12)
+        );
+        assert_eq!(run_with(&["--seed", "5"])["ids"], run_with(&["--seed", "5"])["ids"]);
+        assert_ne!(run_with(&["--seed", "5"])["ids"], run_with(&["--seed", "6"])["ids"]);
+        assert_eq!(run_with(&["--top-k", "1"])["ids"], greedy["ids"]);
+        let text = greedy["text"].as_str().expect("text");
+        let stop: String = text.chars().skip(4).take(2).collect();
+        let stopped = run_with(&["--stop", &stop]);
+        assert_eq!(stopped["finish_reason"], "stop");
+        assert_eq!(stopped["text"].as_str(), text.find(&stop).map(|at| &text[..at]));
+    }
+}
+
+#[test]
 fn verbose_reports_times_and_memory() {
     let output = ok(run(&["generate", "Hi", "--device", "cpu", "-n", "3", "--verbose"]));
     for word in ["device", "load", "prefill", "decode", "memory", "cache", "tokens/s"] {
@@ -158,10 +185,14 @@ fn devices_lists_adapters_and_the_choice() {
 #[test]
 fn errors_are_one_line_on_standard_error() {
     let model = fixture("llama-32");
-    let cases: [(&[&str], &str); 6] = [
+    let ids = model.join("config.json"); // never read: --out is refused first
+    let cases: [(&[&str], &str); 9] = [
         (&["generate", "x", "--model", "absent"], "absent"),
         (&["generate", "x", "--device", "no such adapter"], "no such adapter"),
         (&["generate", "x", "--top-p", "3"], "top_p"),
+        (&["generate", "x", "--device", "cpu", "--threads", "0"], "threads"),
+        (&["inspect", path(&model), "--context", "18446744073709551615"], "context"),
+        (&["logits", "--ids", path(&ids), "--out", path(&model)], "llama-32"),
         (&["generate", "x", "--model", path(&model), "--context", "0"], "context"),
         (&["generate", "--file", "absent.txt"], "absent.txt"),
         (&["inspect", "absent"], "absent"),

@@ -69,8 +69,7 @@ fn an_f16_cache_stays_near() {
     }
 }
 
-/// 32 tokens by greedy choice. A step whose two likeliest tokens are nearer than the logits'
-/// tolerance may go either way, and what follows it then differs.
+/// 32 tokens by greedy choice, at each of which the likeliest two are well apart.
 #[test]
 fn greedy_text_equals_transformers() {
     for (device, options) in devices() {
@@ -85,13 +84,8 @@ fn greedy_text_equals_transformers() {
             let found: Vec<u32> = pieces.filter_map(|piece| piece.expect("piece").token).collect();
             let expected = golden.ids("greedy_ids");
             let margins = golden.floats("greedy_margins");
-            assert_eq!(found.len(), 32);
-            let differs = (0..32).find(|&step| found[step] != expected[step]);
-            let tolerance = if LLAMAS.contains(&name) { 2e-3 } else { 0.1 };
-            if let Some(step) = differs {
-                let margin = margins[step];
-                assert!(margin < tolerance, "{name} on {device}: step {step}, margin {margin}");
-            }
+            assert!(margins.iter().all(|margin| *margin > 0.1), "{name}: the choice is clear");
+            assert_eq!(found, expected, "{name} on {device}");
         }
     }
 }

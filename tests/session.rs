@@ -141,6 +141,8 @@ fn tokenizers_agree_on_awkward_texts() {
             assert_eq!(Value::from(encoded.clone()), case["ids"], "{name}: {text:?}");
             let decoded = model.tokenizer().decode(&encoded).expect("decoded");
             assert_eq!(decoded, case["decoded"], "{name}: {text:?}");
+            let plain = model.tokenizer().encode_continuation(text).expect("encoded");
+            assert_eq!(Value::from(plain), case["ids_without_special"], "{name}: {text:?}");
         }
     }
 }
@@ -227,6 +229,72 @@ fn a_generation_stops_where_it_is_told() {
     cancel.cancel();
     assert!(generation.by_ref().all(|piece| piece.expect("piece").token.is_none()));
     assert_eq!(generation.finish_reason(), Some(&FinishReason::Cancelled));
+}
+
+#[test]
+fn a_generation_ends_at_any_end_of_sequence_token() {
+    let options = ModelOptions { device: deltallm::DeviceChoice::Cpu, ..Default::default() };
+    let golden = Golden::read("llama-64");
+    let (prompt, expected) = (golden.ids("greedy_prompt"), golden.ids("greedy_ids"));
+    // A token of the continuation, at the place where it comes up first.
+    let at = (1..32).find(|&i| !expected[..i].contains(&expected[i])).expect("a new token");
+    let dir = tempfile::tempdir().expect("directory");
+    for entry in fs::read_dir(fixture("llama-64")).expect("fixture") {
+        let path = entry.expect("entry").path();
+        fs::copy(&path, dir.path().join(path.file_name().expect("name"))).expect("copy");
+    }
+    let ends = [0, expected[at]].map(|id| if id == 0 { 300 } else { id });
+    let generation = serde_json::json!({ "eos_token_id": ends }).to_string();
+    fs::write(dir.path().join("generation_config.json"), generation).expect("write");
+    let model = Model::open(dir.path(), &options).expect("opened");
+
+    let mut session = session(&model);
+    let ending = GenerateOptions { ignore_eos: false, ..greedy(32) };
+    let mut generation = session.generate(prompt, &ending).expect("prompt");
+    let pieces: Vec<_> = generation.by_ref().map(|piece| piece.expect("piece")).collect();
+    let found: Vec<u32> = pieces.iter().filter_map(|piece| piece.token).collect();
+    assert_eq!(found, expected[..=at]);
+    assert_eq!(generation.finish_reason(), Some(&FinishReason::EndOfSequence(expected[at])));
+    assert_eq!(generation.timings().new_tokens, found.len());
+    assert_eq!(session.tokens(), [prompt, &expected[..=at]].concat());
+
+    session.truncate(prompt.len());
+    assert_eq!(ids(&mut session, &[], &greedy(32)), expected, "ignore_eos goes on");
+}
+
+/// On a machine with a hardware GPU `auto` takes it; on one without, the CPU, and says why.
+#[test]
+fn auto_takes_a_hardware_gpu_or_else_the_cpu() {
+    use deltallm::backend::DeviceKind;
+    use deltallm::gpu::{Gpu, GpuOptions};
+    let adapters = deltallm::gpu::adapters();
+    let hardware = adapters.iter().any(|adapter| adapter.kind != DeviceKind::SoftwareGpu);
+    let model = open("bitnet-32", &ModelOptions::default());
+    assert_eq!(model.device().kind == DeviceKind::Cpu, !hardware);
+    assert_eq!(model.fallback().is_some(), !hardware);
+    if !hardware {
+        let error = Gpu::open(&GpuOptions::default()).expect_err("only a software adapter");
+        assert!(matches!(error, Error::NoAdapter { .. }), "{error}");
+        let gpu = ModelOptions { device: deltallm::DeviceChoice::Gpu, ..Default::default() };
+        let error = Model::open(fixture("bitnet-32"), &gpu).expect_err("no hardware GPU");
+        assert!(error.to_string().contains(&adapters[0].name), "{error}");
+    }
+}
+
+/// A context that no memory holds is an error, not the end of the process.
+#[test]
+fn a_context_beyond_all_memory_is_an_error() {
+    let dir = tempfile::tempdir().expect("directory");
+    let mut vast = deltallm::checkpoint::synthetic::Synthetic::named("tiny").expect("known");
+    vast.config.context = 1 << 31;
+    vast.write(dir.path()).expect("written");
+    for (device, options) in devices() {
+        let model = Model::open(dir.path(), &options).expect("opened");
+        let all = SessionOptions { context: Some(1 << 31), cache: CacheFormat::F32 };
+        let error = Session::new(&model, &all).expect_err("too long");
+        let expected = matches!(error, Error::DeviceMemory { .. } | Error::DeviceLimit { .. });
+        assert!(expected, "{device}: {error}");
+    }
 }
 
 #[test]

@@ -161,6 +161,10 @@ impl ModelConfig {
             Activation::Silu => "silu",
             Activation::Relu2 => "relu2",
         };
+        let norm_eps = config.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32;
+        if !norm_eps.is_normal() {
+            return Err(config.error("rms_norm_eps", format!("is {norm_eps} as an f32")));
+        }
         let found = config.text("hidden_act")?.unwrap_or(expected);
         if found != expected {
             return Err(config.unsupported(format!("hidden_act {found:?}"), expected));
@@ -172,7 +176,7 @@ impl ModelConfig {
             layers: count("num_hidden_layers")?,
             attention,
             vocabulary: count("vocab_size")?,
-            norm_eps: config.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            norm_eps,
             activation,
             rope: rope(config, default_theta)?,
             context: config.count("max_position_embeddings")?.unwrap_or(2048),
@@ -231,6 +235,10 @@ fn attention(config: &Object, arch: Architecture, hidden: usize) -> Result<Atten
     };
     if head_dim % 2 != 0 {
         return Err(config.error("head_dim", format!("is {head_dim}, which is odd")));
+    }
+    if heads.saturating_mul(head_dim) > 1 << 31 {
+        let message = format!("is {head_dim}, times {heads} heads: beyond 2^31");
+        return Err(config.error("head_dim", message));
     }
     // attn_sub_norm has hidden_size weights but runs over the heads.
     if arch == Architecture::BitNet && heads * head_dim != hidden {
@@ -306,7 +314,8 @@ fn ternary(config: &Object, architecture: Architecture) -> Result<Option<Ternary
             "a bitnet model without quantization_config",
             "transformers runs it as a dense float model, which gives garbage for trained \
              weights; where they are ternary master weights, add \"quantization_config\": \
-             {\"quant_method\": \"bitnet\", \"quantization_mode\": \"online\"}",
+             {\"quant_method\": \"bitnet\", \"linear_class\": \"autobitlinear\", \
+             \"quantization_mode\": \"online\"}",
         )),
         (Architecture::BitNet, Some(quantization)) => bitnet(&quantization).map(Some),
     }
@@ -327,7 +336,12 @@ fn bitnet(quantization: &Object) -> Result<Ternary> {
         return Err(quantization.unsupported(what, "only \"lm_head\" is"));
     }
     match (text("quantization_mode", "offline")?, text("linear_class", "bitlinear")?) {
-        ("online", _) => Ok(Ternary::Master),
+        ("online", "autobitlinear") => Ok(Ternary::Master),
+        // transformers' other class reads packed trits whatever the mode says.
+        ("online", class) => Err(quantization.unsupported(
+            format!("quantization_mode \"online\" with linear_class {class:?}"),
+            "\"autobitlinear\" is",
+        )),
         ("offline", "autobitlinear") => Ok(Ternary::PackedMultiply),
         ("offline", "bitlinear") => Ok(Ternary::PackedDivide),
         ("offline", class) => Err(quantization

@@ -1,6 +1,6 @@
 //! JSON files whose fields are checked one by one, so that an error can name the field.
 
-use std::fs::File;
+use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +10,22 @@ use crate::error::{Error, Result};
 
 /// No configuration of a real model comes near this; a larger file is not read.
 const MAX_BYTES: u64 = 16 << 20;
+
+/// The bytes of a regular file of at most `limit` bytes.
+pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let malformed = |message| Error::Malformed { path: path.to_owned(), message };
+    // A pipe would wait for a writer, which may never come.
+    if !fs::metadata(path).map_err(Error::io(path))?.is_file() {
+        return Err(malformed("is not a regular file".into()));
+    }
+    let file = fs::File::open(path).map_err(Error::io(path))?;
+    let mut bytes = Vec::new();
+    let length = file.take(limit + 1).read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if length as u64 > limit {
+        return Err(malformed(format!("is larger than {limit} bytes")));
+    }
+    Ok(bytes)
+}
 
 /// A JSON object of a file, or of a field in it.
 #[derive(Clone, Debug)]
@@ -23,13 +39,8 @@ pub(crate) struct Object {
 impl Object {
     /// Reads a file that holds one JSON object.
     pub fn read(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io(path))?;
-        let mut text = Vec::new();
-        let read = file.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(Error::io(path))?;
+        let text = read_bounded(path, MAX_BYTES)?;
         let malformed = |message: String| Error::Malformed { path: path.to_owned(), message };
-        if read as u64 > MAX_BYTES {
-            return Err(malformed(format!("is larger than {MAX_BYTES} bytes")));
-        }
         match serde_json::from_slice(&text) {
             Ok(Value::Object(fields)) => {
                 Ok(Self { path: path.to_owned(), prefix: String::new(), fields })

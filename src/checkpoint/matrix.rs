@@ -171,7 +171,8 @@ impl MatrixSource {
     /// Float master weights of a BitNet model, ternarised as they are read:
     /// `trit = clamp(round_half_even(w / m), -1, 1)` with `m = max(mean |W|, 1e-5)` over the whole
     /// matrix, which is also the scale of the product
-    /// (absmean quantisation, <https://arxiv.org/abs/2402.17764>, equations 1 to 3).
+    /// (absmean quantisation, <https://arxiv.org/abs/2402.17764>, equations 1 to 3). The scale is
+    /// not finite where a weight is not.
     ///
     /// # Panics
     /// If `data` is not `rows * cols` elements long: the reader of the file checks that.
@@ -184,7 +185,9 @@ impl MatrixSource {
     ) -> Self {
         let name = name.into();
         assert_eq!(data.len(), rows * cols * stored.bytes(), "{name}: length");
-        let scale = absmean(stored, &data, cols).max(1e-5);
+        let mean = absmean(stored, &data, cols);
+        // `max` would hide NaN.
+        let scale = if mean.is_nan() { mean } else { mean.max(1e-5) };
         let storage = Storage::Master { stored, data, scale };
         Self { name, rows, cols, storage }
     }
@@ -412,7 +415,9 @@ fn absmean(stored: FloatType, data: &[u8], cols: usize) -> f32 {
 fn quantize_q8(row: &[f32], levels: &mut [u8], scales: &mut [f16]) {
     let blocks = row.chunks(Q8_BLOCK).zip(levels.chunks_mut(Q8_BLOCK)).zip(scales);
     for ((block, levels), scale) in blocks {
-        let max = block.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+        // `max` would hide NaN; a scale that is not finite shows in whatever is made of it.
+        let larger = |m: f32, w: &f32| if w.abs() > m || w.is_nan() { w.abs() } else { m };
+        let max = block.iter().fold(0.0, larger);
         *scale = f16::from_f32(max / 127.0);
         let inverse = if *scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
         for (level, w) in levels.iter_mut().zip(block) {

@@ -13,11 +13,14 @@ mod tensors;
 use std::path::{Path, PathBuf};
 
 pub use config::{Architecture, Llama3Scaling, ModelConfig, RopeConfig, Ternary};
-pub(crate) use json::Object;
+pub(crate) use json::{Object, read_bounded};
 pub use matrix::{Bytes, FloatType, MatrixSource};
 pub use tensors::{TensorInfo, Tensors};
 
 use crate::error::{Error, Result};
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 /// A model directory whose configuration and tensor headers have been read.
 #[derive(Debug)]
@@ -46,16 +49,21 @@ impl Checkpoint {
             };
             return Err(Error::Malformed { path: dir, message: message.into() });
         }
-        let config = ModelConfig::read(&dir)?;
+        let mut config = ModelConfig::read(&dir)?;
         let tensors = Tensors::open(&dir)?;
-        let biased = |name: &str| name.starts_with("model.layers.") && name.ends_with(".bias");
-        if let Some((name, _)) = tensors.iter().find(|(name, _)| biased(name)) {
+        // A configuration that says nothing of tying has a head of its own if the tensor is there.
+        let has_head = tensors.contains(HEAD);
+        let tied = config.tied_head.unwrap_or(!has_head);
+        if tied && has_head && !tensors.are_equal(HEAD, EMBEDDING)? {
             return Err(Error::Unsupported {
                 path: tensors.path().to_owned(),
-                what: format!("tensor {name:?}"),
-                supported: "linears without bias are".into(),
+                what: format!(
+                    "tie_word_embeddings with a {HEAD:?} that differs from the embedding"
+                ),
+                supported: String::new(),
             });
         }
+        config.tied_head = Some(tied);
         Ok(Self { dir, config, tensors })
     }
 }

@@ -117,7 +117,7 @@ impl Synthetic {
     /// Every tensor with its name; the numbers are made when the writer asks for them.
     fn tensors(&self) -> Vec<(String, RandomTensor)> {
         let ModelConfig { hidden, intermediate, attention, vocabulary, .. } = self.config;
-        let (q, kv) = (attention.width(), attention.kv_heads * attention.head_dim);
+        let (q, kv) = (attention.width(), attention.kv_width());
         let mut list = TensorList { of: self, tensors: Vec::new() };
 
         // With a residual stream of norm 1 an element, logits get a standard deviation of 3.
@@ -373,7 +373,7 @@ fn tokenizer_json(vocabulary: usize) -> Value {
 
 /// The characters that stand for the bytes 0 to 255 in a byte-level vocabulary (GPT-2): printable
 /// bytes are themselves, the others follow from U+0100 on.
-fn byte_alphabet() -> Vec<char> {
+pub(crate) fn byte_alphabet() -> Vec<char> {
     let printable = |b: u32| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let mut next = 0x100;
     (0..256u32)

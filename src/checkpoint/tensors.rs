@@ -1,11 +1,12 @@
 //! The tensors of a directory: `model.safetensors`, or an index and its shards.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Mmap, MmapOptions};
+use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
 use super::config::Ternary;
@@ -41,6 +42,8 @@ pub struct TensorInfo {
 pub struct Tensors {
     path: PathBuf,
     tensors: BTreeMap<String, TensorInfo>,
+    /// Names of the tensors that were asked for.
+    used: Mutex<BTreeSet<String>>,
 }
 
 impl Tensors {
@@ -56,7 +59,7 @@ impl Tensors {
             for (name, info) in read_shard(&single)? {
                 tensors.insert(name, info);
             }
-            return Ok(Self { path: single, tensors });
+            return Ok(Self { path: single, tensors, used: Mutex::default() });
         }
         let Some(index_file) = Object::read_optional(&index)? else {
             return Err(no_weights(dir));
@@ -82,7 +85,7 @@ impl Tensors {
                 tensors.insert(name.clone(), info);
             }
         }
-        Ok(Self { path: dir.to_owned(), tensors })
+        Ok(Self { path: dir.to_owned(), tensors, used: Mutex::default() })
     }
 
     /// The file, or the directory when there are several shards.
@@ -110,6 +113,37 @@ impl Tensors {
         self.tensors.values().map(|info| info.bytes as u64).sum()
     }
 
+    fn used(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refuses a checkpoint with tensors that the forward pass has not read: a bias, or a norm of
+    /// another architecture, would be left out silently.
+    pub(crate) fn check_all_used(&self) -> Result<()> {
+        let used = self.used();
+        for (name, info) in self.iter().filter(|(name, _)| !used.contains(*name)) {
+            // Tables that old checkpoints carry and every engine computes.
+            if name.ends_with("rotary_emb.inv_freq") {
+                continue;
+            }
+            if name.starts_with("model.") {
+                return Err(Error::Unsupported {
+                    path: info.shard.path.clone(),
+                    what: format!("tensor {name:?}, which this architecture does not have,"),
+                    supported: String::new(),
+                });
+            }
+            log::warn!("{}: tensor {name:?} is not used", info.shard.path.display());
+        }
+        Ok(())
+    }
+
+    /// Whether two tensors have the same type, shape and bytes.
+    pub(crate) fn are_equal(&self, one: &str, other: &str) -> Result<bool> {
+        let (Some(a), Some(b)) = (self.get(one), self.get(other)) else { return Ok(false) };
+        Ok(a.dtype == b.dtype && a.shape == b.shape && map(a)?[..] == map(b)?[..])
+    }
+
     /// A float matrix `[rows, cols]`, mapped.
     pub(crate) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<MatrixSource> {
         let info = self.find(name, &[&[rows, cols]])?;
@@ -129,7 +163,11 @@ impl Tensors {
         if storage == Ternary::Master {
             let info = self.find(&weight, &[&[rows, cols]])?;
             let stored = self.float_type(&weight, info)?;
-            return Ok(MatrixSource::master(weight, rows, cols, stored, map(info)?));
+            let source = MatrixSource::master(&weight, rows, cols, stored, map(info)?);
+            if !source.scale().is_finite() {
+                return Err(self.wrong_value(&weight, info, "holds NaN or infinity"));
+            }
+            return Ok(source);
         }
         if let Some(info) = self.tensors.get(&weight)
             && info.dtype != Dtype::U8
@@ -151,7 +189,14 @@ impl Tensors {
             Ternary::PackedDivide => 1.0 / stored_scale,
             _ => stored_scale,
         };
-        Ok(MatrixSource::packed(weight, rows, cols, map(info)?, scale))
+        let packed = map(info)?;
+        // A fourth code would show that something else is packed here, or in another way.
+        let foreign = packed.par_iter().position_any(|b| b & (b >> 1) & 0b01_01_01_01 != 0);
+        if let Some(at) = foreign {
+            let message = format!("byte {at} is {:#04x}, which is not four trits", packed[at]);
+            return Err(self.wrong_value(&weight, info, &message));
+        }
+        Ok(MatrixSource::packed(weight, rows, cols, packed, scale))
     }
 
     /// A vector `[width]` of finite values, such as a norm's weight.
@@ -191,6 +236,7 @@ impl Tensors {
             note: String::new(),
         })?;
         if shapes.contains(&info.shape.as_slice()) {
+            self.used().insert(name.to_owned());
             return Ok(info);
         }
         Err(Error::TensorShape {
@@ -232,7 +278,11 @@ impl Tensors {
 fn read_shard(path: &Path) -> Result<BTreeMap<String, TensorInfo>> {
     let malformed = |message: String| Error::Malformed { path: path.to_owned(), message };
     let file = File::open(path).map_err(Error::io(path))?;
-    let length = file.metadata().map_err(Error::io(path))?.len();
+    let metadata = file.metadata().map_err(Error::io(path))?;
+    if !metadata.is_file() {
+        return Err(malformed("is not a regular file".into()));
+    }
+    let length = metadata.len();
     if length == 0 {
         return Err(malformed("is empty".into()));
     }
@@ -280,11 +330,7 @@ fn is_plain_name(name: &str) -> bool {
 /// There is no weight file that we read: say what there is instead.
 fn no_weights(dir: &Path) -> Error {
     let old = dir.join("pytorch_model.bin");
-    let message = if !dir.is_dir() {
-        "is not a directory; a model is a directory with config.json, model.safetensors and \
-         tokenizer.json"
-            .to_owned()
-    } else if old.exists() {
+    let message = if old.exists() {
         format!("has pytorch_model.bin, but neither {SINGLE} nor {INDEX}: save it as safetensors")
     } else {
         format!("has neither {SINGLE} nor {INDEX}")

@@ -5,7 +5,8 @@ use crate::sampler::SampleStep;
 /// Logits that are looked at together; a word of [`crate::sampler::TokenSet`].
 const GROUP: usize = 32;
 
-/// The token, or nothing where a logit is NaN, or the largest is infinite and a token is drawn. `candidates` is kept between calls for its memory.
+/// The token, or nothing where a logit is NaN or the best is infinite. `candidates` is kept between
+/// calls for its memory.
 pub(super) fn sample(
     logits: &[f32],
     step: &SampleStep<'_>,
@@ -19,11 +20,11 @@ pub(super) fn sample(
     largest(logits, step, top_k, candidates)?;
     candidates.sort_unstable();
     let first = logit(*candidates.first()?);
-    if step.is_greedy() {
-        return candidates.first().map(|&key| token(key));
-    }
     if !first.is_finite() {
         return None;
+    }
+    if step.is_greedy() {
+        return candidates.first().map(|&key| token(key));
     }
     let weight = |&key: &u64| ((logit(key) - first) / step.temperature).exp();
     let mut weights: Vec<f32> = candidates.iter().map(weight).collect();

@@ -18,6 +18,9 @@ use crate::error::{Error, Result};
 /// of a step, less than would heat anyone's lap.
 const PATIENCE: Duration = Duration::from_micros(50);
 
+/// More threads than any machine of today has cores for.
+const MAX_THREADS: usize = 1024;
+
 /// The threads of a backend: its own, and the caller of each operation.
 pub(super) struct Threads {
     shared: Arc<Shared>,
@@ -115,8 +118,13 @@ fn look_out(condition: impl Fn() -> bool) {
 impl Threads {
     /// `count` threads, or one for each core that this process may use.
     pub(super) fn new(count: Option<usize>) -> Result<Self> {
-        let available = || std::thread::available_parallelism().map_or(1, usize::from);
-        let count = count.unwrap_or_else(available).max(1);
+        let available =
+            || std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
+        let count = count.unwrap_or_else(available);
+        if !(1..=MAX_THREADS).contains(&count) {
+            let allowed = format!("must be from 1 to {MAX_THREADS}");
+            return Err(Error::Parameter { name: "threads", value: count.to_string(), allowed });
+        }
         let desk = Desk { work: None, round: 0, busy: 0, sleeping: 0, end: false };
         let shared = Arc::new(Shared {
             desk: Mutex::new(desk),

@@ -17,10 +17,11 @@ const MAP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Which adapter to take.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Select {
-    /// The fastest GPU; never a software renderer, which would be slower than the CPU backend.
+    /// The first GPU of the fastest kind; never a software renderer, which would be slower than the CPU backend.
     #[default]
     Hardware,
-    /// The first adapter whose name holds this text, in any case; a GPU before a software renderer.
+    /// The adapter of this name, else the first whose name holds this text, in any case; a GPU before
+    /// a software renderer.
     /// The empty text is in every name.
     Named(String),
 }
@@ -134,7 +135,9 @@ fn select(select: &Select) -> Result<Adapter> {
         Select::Hardware => adapters.iter().position(|a| a.kind != DeviceKind::SoftwareGpu),
         Select::Named(name) => {
             let name = name.to_lowercase();
-            adapters.iter().position(|a| a.name.to_lowercase().contains(&name))
+            // "RTX 3060" is part of the name of another card.
+            let exactly = adapters.iter().position(|a| a.name.to_lowercase() == name);
+            exactly.or_else(|| adapters.iter().position(|a| a.name.to_lowercase().contains(&name)))
         }
     };
     let found = adapters.iter().map(|a| format!("{} ({})", a.name, a.kind.name())).collect();

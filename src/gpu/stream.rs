@@ -158,6 +158,10 @@ impl Operations<Gpu> for Stream {
         self.recorder.submit()
     }
 
+    fn wait(&mut self) -> Result<()> {
+        self.device.wait(None)
+    }
+
     fn token(&mut self) -> Result<u32> {
         self.sampled_token()
     }

@@ -26,10 +26,12 @@ pub enum DeviceChoice {
 }
 
 impl FromStr for DeviceChoice {
-    type Err = std::convert::Infallible;
+    type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
         Ok(match text.to_ascii_lowercase().as_str() {
+            // Most likely a shell variable that is not set.
+            "" => return Err("auto, gpu, cpu, or part of an adapter's name is needed".into()),
             "auto" => Self::Auto,
             "gpu" => Self::Gpu,
             "cpu" => Self::Cpu,

@@ -1,8 +1,9 @@
 //! What a model and a context take, counted before anything is allocated.
 
-use super::{SessionShape, WeightFormat};
+use super::WeightFormat;
 use crate::backend::{CacheFormat, Q8_BLOCK};
 use crate::checkpoint::ModelConfig;
+use crate::session::PREFILL_CHUNK;
 
 /// Bytes held on a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -20,7 +21,8 @@ pub struct MemoryUse {
 impl MemoryUse {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.weights + self.cache + self.activations + self.scratch
+        let parts = [self.weights, self.cache, self.activations, self.scratch];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 }
 
@@ -33,31 +35,37 @@ pub fn plan_memory(
     context: usize,
     cache: CacheFormat,
 ) -> MemoryUse {
-    let ModelConfig { hidden, intermediate, layers, attention, vocabulary, .. } = *config;
-    let float = |elements: usize| match weights {
-        WeightFormat::Stored => (elements * stored_bytes_per_float) as u64,
-        WeightFormat::Q8 => (elements + 2 * elements.div_ceil(Q8_BLOCK)) as u64,
+    // Sizes of a made-up or damaged configuration may be far beyond 64 bits.
+    let wide = |n: usize| n as u128;
+    let (hidden, intermediate) = (wide(config.hidden), wide(config.intermediate));
+    let (layers, vocabulary, context) =
+        (wide(config.layers), wide(config.vocabulary), wide(context));
+    let attention = &config.attention;
+    let (q, kv) = (wide(attention.width()), wide(attention.kv_width()));
+    let qkv = q + 2 * kv;
+
+    let float = |elements: u128| match weights {
+        WeightFormat::Stored => elements * wide(stored_bytes_per_float),
+        WeightFormat::Q8 => elements + 2 * elements.div_ceil(wide(Q8_BLOCK)),
     };
-    let body = |elements: usize| match config.ternary {
-        Some(_) => elements.div_ceil(4) as u64,
+    let body = |elements: u128| match config.ternary {
+        Some(_) => elements.div_ceil(4),
         None => float(elements),
     };
-    let (q, qkv) = (attention.width(), attention.qkv_width());
     let matrices = body(qkv * hidden) + body(hidden * q) + 3 * body(hidden * intermediate);
     let sub_norms = if config.ternary.is_some() { q + intermediate } else { 0 };
-    let layer = matrices + 4 * (2 * hidden + sub_norms) as u64;
-    let heads = if config.tied_head == Some(false) { 2 } else { 1 };
+    let layer = matrices + 4 * (2 * hidden + sub_norms);
+    let tables = if config.tied_head == Some(false) { 2 } else { 1 };
 
-    let shape = SessionShape::new(context, cache);
     let projected = if config.ternary.is_some() { 1 } else { 4 };
     let row = 4 * (hidden + qkv + q + 2 * intermediate) + projected * (hidden + intermediate);
-    let rope = context * attention.head_dim * 4;
+    let chunk = wide(PREFILL_CHUNK).min(context);
+    let rope = context * wide(attention.head_dim) * 4;
+    let bytes = |n: u128| u64::try_from(n).unwrap_or(u64::MAX);
     MemoryUse {
-        weights: layers as u64 * layer + heads * float(vocabulary * hidden) + 4 * hidden as u64,
-        cache: (layers * context * 2 * attention.kv_heads * attention.head_dim * cache.bytes())
-            as u64,
-        activations: (shape.chunk * row + shape.logit_rows * 4 * (hidden + vocabulary) + rope)
-            as u64,
+        weights: bytes(layers * layer + tables * float(vocabulary * hidden) + 4 * hidden),
+        cache: bytes(layers * context * 2 * kv * wide(cache.bytes())),
+        activations: bytes(chunk * row + 4 * (hidden + vocabulary) + rope),
         scratch: 0,
     }
 }

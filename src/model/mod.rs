@@ -221,6 +221,8 @@ pub(crate) trait Decoder: Send {
     fn truncate(&mut self, length: usize);
     /// Appends `tokens`: at least one, at most a chunk, all in the vocabulary, within the context.
     fn forward(&mut self, tokens: &[u32], output: Output<'_>) -> Result<()>;
+    /// Waits until the device has done all steps.
+    fn wait(&mut self) -> Result<()>;
     /// Waits for the token of the last [`Output::Sample`].
     fn token(&mut self) -> Result<u32>;
     /// Waits for the logits of the last step, `[rows, vocabulary]`.

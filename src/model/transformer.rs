@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Decoder, LoadProgress, MemoryUse, Output, SessionShape, WeightFormat};
 use crate::backend::{
-    AttentionShape, Backend, Footprint, MatrixFormat, Operations, StreamShape, TensorFormat,
+    Backend, DeviceInfo, DeviceKind, Footprint, MatrixFormat, Operations, StreamShape, TensorFormat,
 };
 use crate::checkpoint::{Checkpoint, MatrixSource, ModelConfig, Tensors};
 use crate::error::{Error, Result};
@@ -84,7 +84,7 @@ impl<B: Backend> Transformer<B> {
     /// The forward pass over `tokens`, which continue what is in the caches.
     ///
     /// Everything is recorded, nothing waited for. Logits are made of the last token for
-    /// [`Output::Sample`] and of every token for [`Output::Logits`].
+    /// [`Output::Sample`] and [`Output::LastLogits`], of every token for [`Output::AllLogits`].
     fn forward(&self, run: &mut Run<B>, tokens: &[u32], output: Output<'_>) -> Result<()> {
         let Run { stream, activations: a, caches, rope, length, .. } = run;
         let t = tokens.len();
@@ -149,11 +149,12 @@ impl<B: Backend> Transformer<B> {
             .map(|index| loader.layer(index))
             .collect::<Result<Vec<_>>>()?;
         let final_norm = loader.norm("model.norm", hidden)?;
-        let head = if loader.has_own_head() {
+        let head = if checkpoint.config.tied_head == Some(false) {
             Some(loader.float("lm_head", vocabulary, hidden)?)
         } else {
             None
         };
+        checkpoint.tensors.check_all_used()?;
         loader.finish()?;
         let config = checkpoint.config.clone();
         Ok(Self { backend, config, embedding, layers, final_norm, head })
@@ -196,8 +197,21 @@ impl<B: Backend> Transformer<B> {
     }
 }
 
+/// Fails where the system would not give so much memory, without touching any: a vector that cannot
+/// grow ends the process.
+fn check_host_memory(device: &DeviceInfo, what: String, needed: u64, held: u64) -> Result<()> {
+    let reserved = match usize::try_from(needed) {
+        Ok(bytes) => Vec::<u8>::new().try_reserve_exact(bytes).is_ok(),
+        Err(_) => false,
+    };
+    if reserved {
+        return Ok(());
+    }
+    Err(Error::DeviceMemory { device: device.name.clone(), what, needed, held })
+}
+
 impl<B: Backend> super::Engine for Transformer<B> {
-    fn device(&self) -> &crate::backend::DeviceInfo {
+    fn device(&self) -> &DeviceInfo {
         self.backend.device()
     }
 
@@ -211,6 +225,18 @@ impl<B: Backend> super::Engine for Transformer<B> {
 
     fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>> {
         let ModelConfig { attention, vocabulary, layers, .. } = self.config;
+        if self.backend.device().kind == DeviceKind::Cpu {
+            let plan = super::plan_memory(
+                &self.config,
+                4,
+                WeightFormat::Stored,
+                shape.context,
+                shape.cache,
+            );
+            let what = format!("a context of {} tokens", shape.context);
+            let needed = plan.cache.saturating_add(plan.activations);
+            check_host_memory(self.backend.device(), what, needed, self.weight_bytes())?;
+        }
         let stream = self.backend.stream(&StreamShape {
             rows: shape.chunk,
             context: shape.context,
@@ -241,6 +267,10 @@ impl<B: Backend> Decoder for Run<B> {
         debug_assert!(!tokens.is_empty() && tokens.len() <= self.shape.chunk);
         let model = self.model.clone();
         model.forward(self, tokens, output)
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        self.stream.wait()
     }
 
     fn token(&mut self) -> Result<u32> {
@@ -277,8 +307,7 @@ struct Loader<'a, B: Backend> {
 impl<B: Backend> Loader<'_, B> {
     fn layer(&mut self, index: usize) -> Result<Layer<B>> {
         let ModelConfig { hidden, intermediate, attention, .. } = *self.config;
-        let AttentionShape { heads, kv_heads, head_dim } = attention;
-        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+        let (q, kv) = (attention.width(), attention.kv_width());
         let name = |part: &str| format!("model.layers.{index}.{part}");
 
         let (wq, wk, wv) =
@@ -348,15 +377,6 @@ impl<B: Backend> Loader<'_, B> {
         match self.config.ternary {
             Some(_) => self.norm(name, width).map(Some),
             None => Ok(None),
-        }
-    }
-
-    /// Whether the head is a matrix of its own. A file that says nothing of tying has one if it has
-    /// the tensor.
-    fn has_own_head(&self) -> bool {
-        match self.config.tied_head {
-            Some(tied) => !tied,
-            None => self.tensors.contains("lm_head.weight"),
         }
     }
 

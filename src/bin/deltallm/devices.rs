@@ -31,7 +31,7 @@ pub fn run(args: &Args) -> Outcome {
 
     let hardware = adapters.iter().find(|adapter| adapter.kind != DeviceKind::SoftwareGpu);
     let (choice, reason) = match hardware {
-        Some(adapter) => (&adapter.name, "the fastest GPU"),
+        Some(adapter) => (&adapter.name, "the first GPU of the fastest kind"),
         None => (&cpu.device().name, "there is no hardware GPU"),
     };
     writeln!(out, "\n--device auto takes {choice}: {reason}")?;

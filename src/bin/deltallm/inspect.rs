@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use deltallm::DEFAULT_CONTEXT;
 use deltallm::checkpoint::{Checkpoint, ModelConfig, Ternary};
 use deltallm::model::plan_memory;
+use deltallm::{DEFAULT_CONTEXT, check_context};
 
 use crate::args::{Cache, Weights};
 use crate::output::{Outcome, bytes};
@@ -39,6 +39,8 @@ pub fn run(args: &Args) -> Outcome {
     let checkpoint = Checkpoint::open(&args.dir)?;
     let mut out = io::stdout().lock();
     let config = &checkpoint.config;
+    let context = args.context.unwrap_or(DEFAULT_CONTEXT.min(config.context));
+    check_context(context, config)?;
     architecture(&mut out, config)?;
 
     let mut by_type: BTreeMap<String, (usize, u64)> = BTreeMap::new();
@@ -59,7 +61,6 @@ pub fn run(args: &Args) -> Outcome {
         }
     }
 
-    let context = args.context.unwrap_or(DEFAULT_CONTEXT.min(config.context));
     let embedding = checkpoint.tensors.get("model.embed_tokens.weight");
     let stored = embedding.map_or(2, |info| info.dtype.bitsize() / 8);
     let plan = plan_memory(config, stored, args.weights.into(), context, args.cache.into());
@@ -68,10 +69,6 @@ pub fn run(args: &Args) -> Outcome {
     let per_token = plan.cache / context.max(1) as u64;
     writeln!(out, "  cache        {}, {} a token", bytes(plan.cache), bytes(per_token))?;
     writeln!(out, "  activations  {}", bytes(plan.activations))?;
-    if context > config.context {
-        let limit = config.context;
-        writeln!(out, "  {context} tokens are beyond the model's limit of {limit}")?;
-    }
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! `deltallm logits`: the logits of every position, as a file.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -28,49 +28,69 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
     let ids = read_ids(&args.ids)?;
+    // Before the model is opened: a path that cannot be written should not cost a minute.
+    let mut partial = Partial::create(&args.out)?;
     let cancel = Cancel::default();
     stop_on_interrupt(cancel.clone());
     let opened = args.model.open(&cancel)?;
     let model = &opened.model;
     let vocabulary = model.config().vocabulary;
 
-    // What is at --out stays until the new file is whole.
-    let partial = partial_path(&args.out);
-    let written = write(&partial, &[ids.len(), vocabulary], |file| {
-        let bar = token_bar(ids.len());
-        let cache = args.model.cache.into();
-        model.logits(&ids, cache, &cancel, |rows| {
-            bar.inc((rows.len() / vocabulary) as u64);
-            let bytes: Vec<u8> = rows.iter().flat_map(|x| x.to_le_bytes()).collect();
-            file.write_all(&bytes).map_err(|source| io_error(&partial, source))
-        })
-    })
-    .and_then(|()| fs::rename(&partial, &args.out).map_err(|e| io_error(&args.out, e)));
-    if written.is_err() {
-        // The error at hand says more than one about the leftover would.
-        let _ = fs::remove_file(&partial);
-    }
-    Ok(written?)
+    let bar = token_bar(ids.len());
+    partial.write(&header(&[ids.len(), vocabulary]))?;
+    model.logits(&ids, args.model.cache.into(), &cancel, |rows| {
+        bar.inc((rows.len() / vocabulary) as u64);
+        let bytes: Vec<u8> = rows.iter().flat_map(|x| x.to_le_bytes()).collect();
+        partial.write(&bytes)
+    })?;
+    Ok(partial.finish()?)
 }
 
-/// Writes a safetensors file of one tensor, whose numbers `fill` appends.
-fn write(
-    path: &Path,
-    shape: &[usize; 2],
-    fill: impl FnOnce(&mut BufWriter<File>) -> Result<(), Error>,
-) -> Result<(), Error> {
+/// The start of a safetensors file with one tensor `logits` of this shape.
+fn header(shape: &[usize; 2]) -> Vec<u8> {
     let bytes = 4 * shape[0] * shape[1];
     let tensor = json!({ "dtype": "F32", "shape": shape, "data_offsets": [0, bytes] });
-    let mut header = json!({ "logits": tensor }).to_string();
+    let mut json = json!({ "logits": tensor }).to_string();
     // The numbers begin at a multiple of 8 bytes, as the format's own writer has it.
-    header += &" ".repeat(header.len().next_multiple_of(8) - header.len());
+    json += &" ".repeat(json.len().next_multiple_of(8) - json.len());
+    [&(json.len() as u64).to_le_bytes(), json.as_bytes()].concat()
+}
 
-    let fail = |source| io_error(path, source);
-    let mut file = BufWriter::new(File::create(path).map_err(fail)?);
-    file.write_all(&(header.len() as u64).to_le_bytes()).map_err(fail)?;
-    file.write_all(header.as_bytes()).map_err(fail)?;
-    fill(&mut file)?;
-    file.into_inner().map_err(|error| fail(error.into_error()))?.sync_all().map_err(fail)
+/// A file on its way to `--out`: what stands there stays until the new one is whole, and nothing is
+/// left over if it never is.
+struct Partial<'a> {
+    out: &'a Path,
+    file: BufWriter<tempfile::NamedTempFile>,
+}
+
+impl<'a> Partial<'a> {
+    fn create(out: &'a Path) -> Result<Self, Error> {
+        if out.is_dir() {
+            return Err(io_error(out, std::io::ErrorKind::IsADirectory.into()));
+        }
+        let parent = match out.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        let mut builder = tempfile::Builder::new();
+        // As any file that a program makes, not for its owner alone.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let file = builder.prefix(".logits-").tempfile_in(parent);
+        let file = BufWriter::new(file.map_err(|source| io_error(out, source))?);
+        Ok(Self { out, file })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.file.write_all(bytes).map_err(|source| io_error(self.out, source))
+    }
+
+    fn finish(self) -> Result<(), Error> {
+        let fail = |source| io_error(self.out, source);
+        let file = self.file.into_inner().map_err(|error| fail(error.into_error()))?;
+        file.as_file().sync_all().map_err(fail)?;
+        file.persist(self.out).map(drop).map_err(|error| fail(error.error))
+    }
 }
 
 fn read_ids(path: &Path) -> Result<Vec<u32>, Error> {
@@ -85,12 +105,6 @@ fn read_ids(path: &Path) -> Result<Vec<u32>, Error> {
             })
         })
         .collect()
-}
-
-fn partial_path(out: &Path) -> PathBuf {
-    let mut name = out.file_name().unwrap_or_default().to_owned();
-    name.push(".partial");
-    out.with_file_name(name)
 }
 
 fn io_error(path: &Path, source: std::io::Error) -> Error {
