@@ -24,10 +24,8 @@ const SUBSETS = WORKGROUP / DIM4;
 const LOWEST = -3.0e38f;
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> qkv: array<f32>;
 // A row is (T, span, head): DIM4 vectors of sums, then (maximum, sum of weights, -, -).
 @group(0) @binding(4) var<storage, read_write> partials: array<vec4<f32>>;
-@group(0) @binding(5) var<storage, read_write> out: array<f32>;
 
 // [head][element / 4]
 var<workgroup> q_tile: array<vec4<f32>, 4u * DIM4>;
@@ -35,16 +33,6 @@ var<workgroup> q_tile: array<vec4<f32>, 4u * DIM4>;
 var<workgroup> parts: array<vec4<f32>, 512>;
 // [key]: the weights of the four heads.
 var<workgroup> weights: array<vec4<f32>, TILE>;
-
-fn query4(token: u32, head: u32, d4: u32) -> vec4<f32> {
-    var q = vec4<f32>();
-    for (var c = 0u; c < 4u; c++) {
-        if (d4 * 4u + c < HEAD_DIM) {
-            q[c] = qkv[token * params.qkv_stride + head * HEAD_DIM + d4 * 4u + c] * params.scale;
-        }
-    }
-    return q;
-}
 
 @compute @workgroup_size(WORKGROUP)
 fn main(lane: Lane, @builtin(workgroup_id) workgroup: vec3<u32>) {
@@ -59,7 +47,8 @@ fn main(lane: Lane, @builtin(workgroup_id) workgroup: vec3<u32>) {
     for (var at = lane.index; at < 4u * DIM4; at += WORKGROUP) {
         var q = vec4<f32>();
         if (at / DIM4 < heads_here) {
-            q = query4(token, first_head + at / DIM4, at % DIM4);
+            let head = token * params.qkv_stride + (first_head + at / DIM4) * HEAD_DIM;
+            q = load_query4(head, at % DIM4) * params.scale;
         }
         q_tile[at] = q;
     }
@@ -143,12 +132,8 @@ fn main(lane: Lane, @builtin(workgroup_id) workgroup: vec3<u32>) {
         }
         let head = first_head + in_block;
         if (params.spans == 1u) {
-            let result = sum / total[in_block];
-            for (var c = 0u; c < 4u; c++) {
-                if (d4 * 4u + c < HEAD_DIM) {
-                    out[token * params.out_stride + head * HEAD_DIM + d4 * 4u + c] = result[c];
-                }
-            }
+            let start = token * params.out_stride + head * HEAD_DIM;
+            store_out4(start, d4, sum / total[in_block]);
         } else {
             let partial = (token * params.spans + workgroup.x) * params.heads + head;
             partials[partial * (DIM4 + 1u) + d4] = sum;

@@ -9,8 +9,7 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 // A row is (T, span, head): DIM4 vectors of sums, then (maximum, sum of weights, -, -).
-@group(0) @binding(1) var<storage, read> partials: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read_write> out: array<f32>;
+@group(0) @binding(4) var<storage, read> partials: array<vec4<f32>>;
 
 @compute @workgroup_size(64)
 fn main(
@@ -35,11 +34,6 @@ fn main(
             sum += weight * partials[at + d4];
             total += weight * state.y;
         }
-        let result = sum / total;
-        for (var c = 0u; c < 4u; c++) {
-            if (d4 * 4u + c < HEAD_DIM) {
-                out[token * params.out_stride + head * HEAD_DIM + d4 * 4u + c] = result[c];
-            }
-        }
+        store_out4(token * params.out_stride + head * HEAD_DIM, d4, sum / total);
     }
 }

@@ -15,6 +15,7 @@ struct Params {
     group: u32,      // query heads of a KV head
     start: u32,      // first key of this dispatch, a multiple of 32
     stop: u32,       // the key after the last; the step's end in the last dispatch
+    vectors: u32,    // fours of elements in a slice: min(8, DIM4)
     scale: f32,      // 1 / sqrt(D)
 }
 
@@ -24,10 +25,8 @@ const STRIDE = 9u;
 const LOWEST = -3.0e38f;
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> qkv: array<f32>;
 // [query of all KV heads]: (maximum, sum of weights)
 @group(0) @binding(4) var<storage, read_write> states: array<vec2<f32>>;
-@group(0) @binding(5) var<storage, read_write> out: array<f32>;
 
 // [query][element / 4 of the slice]
 var<workgroup> q_tile: array<vec4<f32>, 32u * STRIDE>;
@@ -36,43 +35,10 @@ var<workgroup> kv_tile: array<vec4<f32>, 32u * STRIDE>;
 // [query][key / 4]: scores, then weights.
 var<workgroup> score_tile: array<vec4<f32>, 32u * STRIDE>;
 
-fn head_of(query: u32, kv_head: u32) -> u32 {
-    return kv_head * params.group + query % params.group;
-}
-
-fn query4(query: u32, kv_head: u32, d4: u32) -> vec4<f32> {
-    let token = query / params.group;
-    let start = token * params.qkv_stride + head_of(query, kv_head) * HEAD_DIM;
-    var q = vec4<f32>();
-    for (var c = 0u; c < 4u; c++) {
-        if (token < params.tokens && d4 * 4u + c < HEAD_DIM) {
-            q[c] = qkv[start + d4 * 4u + c] * params.scale;
-        }
-    }
-    return q;
-}
-
-// Sums of earlier dispatches for four elements of a query.
-fn waiting4(query: u32, kv_head: u32, d4: u32) -> vec4<f32> {
-    let token = query / params.group;
-    let start = token * params.out_stride + head_of(query, kv_head) * HEAD_DIM;
-    var sums = vec4<f32>();
-    for (var c = 0u; c < 4u; c++) {
-        if (token < params.tokens && d4 * 4u + c < HEAD_DIM) {
-            sums[c] = out[start + d4 * 4u + c];
-        }
-    }
-    return sums;
-}
-
-fn store4(query: u32, kv_head: u32, d4: u32, v: vec4<f32>) {
-    let token = query / params.group;
-    let start = token * params.out_stride + head_of(query, kv_head) * HEAD_DIM;
-    for (var c = 0u; c < 4u; c++) {
-        if (token < params.tokens && d4 * 4u + c < HEAD_DIM) {
-            out[start + d4 * 4u + c] = v[c];
-        }
-    }
+// Where a query's head starts in rows of `stride` elements.
+fn head_start(query: u32, kv_head: u32, stride: u32) -> u32 {
+    let head = kv_head * params.group + query % params.group;
+    return query / params.group * stride + head * HEAD_DIM;
 }
 
 // The largest of a query's 32 scores.
@@ -120,6 +86,8 @@ fn main(
         sums[2u * slice] = vec4<f32>();
         sums[2u * slice + 1u] = vec4<f32>();
     }
+    let out0 = head_start(query0, kv_head, params.out_stride);
+    let out1 = head_start(query1, kv_head, params.out_stride);
     let state0 = kv_head * queries + query0;
     if (params.start > 0u) {
         if (query0 < queries) {
@@ -131,8 +99,13 @@ fn main(
             total.y = states[state0 + 1u].y;
         }
         for (var slice = 0u; slice < SLICES; slice++) {
-            sums[2u * slice] = waiting4(query0, kv_head, slice * 8u + part);
-            sums[2u * slice + 1u] = waiting4(query1, kv_head, slice * 8u + part);
+            let d4 = slice * 8u + part;
+            if (query0 < queries && d4 < DIM4) {
+                sums[2u * slice] = load_out4(out0, d4);
+            }
+            if (query1 < queries && d4 < DIM4) {
+                sums[2u * slice + 1u] = load_out4(out1, d4);
+            }
         }
     }
 
@@ -144,7 +117,13 @@ fn main(
             workgroupBarrier();
             for (var at = lane; at < 256u; at += 128u) {
                 let d4 = slice * 8u + at % 8u;
-                q_tile[at / 8u * STRIDE + at % 8u] = query4(first_query + at / 8u, kv_head, d4);
+                let query = first_query + at / 8u;
+                var q = vec4<f32>();
+                if (query < queries && d4 < DIM4) {
+                    let start = head_start(query, kv_head, params.qkv_stride);
+                    q = load_query4(start, d4) * params.scale;
+                }
+                q_tile[at / 8u * STRIDE + at % 8u] = q;
                 // Row r holds key 4 (r % 8) + r / 8: invocations that read rows part, part + 8, ..
                 // then hold four keys in a row and never meet in a memory bank.
                 let key = tile + (at / 8u) % 8u * 4u + at / 64u;
@@ -155,7 +134,10 @@ fn main(
                 kv_tile[at / 8u * STRIDE + at % 8u] = k;
             }
             workgroupBarrier();
-            for (var i = 0u; i < 8u; i++) {
+            // A bound that compilers do not know: unrolled, within slices that are unrolled as well,
+            // this would be thousands of instructions, which take long to compile and do not fit
+            // the caches of small GPUs. Where the last slice is shorter, it is padded with zeros.
+            for (var i = 0u; i < params.vectors; i++) {
                 let q0 = q_tile[tile_query * STRIDE + i];
                 let q1 = q_tile[(tile_query + 1u) * STRIDE + i];
                 let k0 = kv_tile[part * STRIDE + i];
@@ -182,6 +164,8 @@ fn main(
         score_tile[tile_query * STRIDE + part] = weigh(scores0, higher.x, key, visible0);
         score_tile[(tile_query + 1u) * STRIDE + part] = weigh(scores1, higher.y, key, visible1);
 
+        // Fours of keys in this tile.
+        let fours = (min(32u, end - tile) + 3u) / 4u;
         for (var slice = 0u; slice < SLICES; slice++) {
             workgroupBarrier();
             for (var at = lane; at < 256u; at += 128u) {
@@ -196,7 +180,7 @@ fn main(
             workgroupBarrier();
             var sum0 = sums[2u * slice] * shrink.x;
             var sum1 = sums[2u * slice + 1u] * shrink.y;
-            for (var i = 0u; i < 8u; i++) {
+            for (var i = 0u; i < fours; i++) {
                 let w0 = score_tile[tile_query * STRIDE + i];
                 let w1 = score_tile[(tile_query + 1u) * STRIDE + i];
                 let v0 = kv_tile[(4u * i) * STRIDE + part];
@@ -227,7 +211,11 @@ fn main(
     let divisor = select(vec2<f32>(1.0), total, last);
     for (var slice = 0u; slice < SLICES; slice++) {
         let d4 = slice * 8u + part;
-        store4(query0, kv_head, d4, sums[2u * slice] / divisor.x);
-        store4(query1, kv_head, d4, sums[2u * slice + 1u] / divisor.y);
+        if (query0 < queries && d4 < DIM4) {
+            store_out4(out0, d4, sums[2u * slice] / divisor.x);
+        }
+        if (query1 < queries && d4 < DIM4) {
+            store_out4(out1, d4, sums[2u * slice + 1u] / divisor.y);
+        }
     }
 }

@@ -9,35 +9,23 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> gate_up: array<f32>;
 
 var<private> root: f32;
 
-fn activate(g: f32) -> f32 {
+fn activate(g: vec4<f32>) -> vec4<f32> {
     if (SILU == 1u) {
         return g / (1.0 + exp(-g));
     }
-    let positive = max(g, 0.0);
+    let positive = max(g, vec4<f32>());
     return positive * positive;
 }
 
-// One element of act(gate) * up; zero in the padding.
-fn product(row: u32, i: u32) -> f32 {
-    if (i >= params.width) {
-        return 0.0;
-    }
-    let at = row * params.stride + i;
-    return activate(gate_up[at]) * gate_up[at + params.width];
-}
-
+// Elements 4 i to 4 i + 3 of act(gate) * up; zero in the padding.
 fn product4(row: u32, i: u32) -> vec4<f32> {
-    let first = 4u * i;
-    return vec4<f32>(
-        product(row, first),
-        product(row, first + 1u),
-        product(row, first + 2u),
-        product(row, first + 3u),
-    );
+    if (4u * i >= params.width) {
+        return vec4<f32>();
+    }
+    return activate(gate4(row, i)) * up4(row, i);
 }
 
 // Elements 4 i to 4 i + 3 of a row of the result.

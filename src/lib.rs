@@ -31,7 +31,7 @@
 //!   matrix on its way from a mapped file to a device.
 //! - [`model`] has the forward pass, written once. It speaks to a device through
 //!   [`backend::Operations`], about a dozen fused operations that a decoder layer is made of.
-//! - [`gpu`], [`cpu`] and [`reference`] each implement them. [`reference`] is slow and plain: read
+//! - [`gpu`], [`cpu`] and [`mod@reference`] each implement them. [`mod@reference`] is slow and plain: read
 //!   it to know what an operation does. [`conformance`] holds the other two against it.
 //! - [`Session`] is a text in progress: its cache, its sampling, its stream of pieces.
 //!

@@ -181,7 +181,8 @@ impl Session {
         self.shape.context
     }
 
-    /// The text so far as token ids.
+    /// The text so far as token ids: at most one more than the context, where a generation has
+    /// filled it.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
@@ -442,8 +443,8 @@ impl Generation<'_> {
             None if self.timings.new_tokens == self.options.max_tokens => {
                 Some(FinishReason::MaxTokens)
             }
-            // This token still has its place; the one after it would have none.
-            None if self.session.tokens.len() == self.session.shape.context => {
+            // This token has no place in the cache: the next one cannot be made from it.
+            None if self.session.tokens.len() > self.session.shape.context => {
                 Some(FinishReason::ContextFull)
             }
             None => None,

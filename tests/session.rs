@@ -198,17 +198,27 @@ fn a_generation_stops_where_it_is_told() {
     assert_eq!(run(&mut session(&model), &greedy(0)), (String::new(), FinishReason::MaxTokens));
 
     // A stop text from the middle of what comes, which need not begin with a token.
-    let at = text.floor_char_boundary(text.len() / 2);
+    let at = (text.len() / 2..).find(|&at| text.is_char_boundary(at)).expect("an end");
     let stop = text[at..].chars().take(3).collect::<String>();
     let stopping = GenerateOptions { stop: vec![stop.clone()], ..greedy(32) };
     let (before, finish) = run(&mut session(&model), &stopping);
     assert_eq!(finish, FinishReason::Stop(stop.clone()));
     assert_eq!(before, text[..text.find(&stop).expect("it is in there")]);
 
-    let small = SessionOptions { context: Some(prompt.len() + 4), cache: CacheFormat::F32 };
-    let mut small = Session::new(&model, &small).expect("session");
-    let (_, finish) = run(&mut small, &greedy(32));
-    assert_eq!((finish, small.tokens().len()), (FinishReason::ContextFull, prompt.len() + 4));
+    // Each token but the last one needs its place, also where the prompt fills the context.
+    let whole = ids(&mut session(&model), prompt, &greedy(32));
+    for room in [0, 4] {
+        let context = prompt.len() + room;
+        let small = SessionOptions { context: Some(context), cache: CacheFormat::F32 };
+        let mut small = Session::new(&model, &small).expect("session");
+        let (_, finish) = run(&mut small, &greedy(32));
+        assert_eq!(finish, FinishReason::ContextFull);
+        assert_eq!(small.tokens(), [prompt, &whole[..room + 1]].concat());
+        let error = small.generate(&[], &greedy(1)).expect_err("full");
+        assert!(matches!(error, Error::ContextFull { .. }), "{error}");
+        small.truncate(context);
+        assert_eq!(ids(&mut small, &[], &greedy(32)), whole[room..=room]);
+    }
 
     let mut cancelled = session(&model);
     let cancel = cancelled.cancel_handle();

@@ -223,7 +223,7 @@ fn attention(config: &Object, arch: Architecture, hidden: usize) -> Result<Atten
     }
     let head_dim = match config.count("head_dim")? {
         Some(head_dim) => head_dim,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             let message = format!("is {heads}, which does not divide hidden_size = {hidden}");
             return Err(config.error(field, message));

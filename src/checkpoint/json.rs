@@ -135,11 +135,11 @@ impl Object {
     ) -> Result<Option<T>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         let found = || {
-            let mut text = value.to_string();
-            if text.len() > 60 {
-                text.truncate(text.floor_char_boundary(60));
-                text.push_str("...");
-            }
+            let text = value.to_string();
+            let text = match text.char_indices().nth(60) {
+                Some((end, _)) => format!("{}...", &text[..end]),
+                None => text,
+            };
             self.error(field, format!("is {text}, expected {expected}"))
         };
         read(value).map(Some).ok_or_else(found)

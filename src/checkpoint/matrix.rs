@@ -5,6 +5,7 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use crate::backend::{MatrixFormat, Q8_BLOCK};
 
@@ -294,91 +295,136 @@ impl MatrixSource {
     ) {
         assert!(range.end <= self.storage_rows(), "{}: rows {range:?}", self.name);
         assert!(stride >= self.row_bytes(), "{}: stride {stride}", self.name);
+        let (first, first_scale) = (values.len(), scales.len());
+        values.resize(first + range.len() * stride, 0);
+        scales.resize(first_scale + range.len() * scale_stride, f16::ZERO);
+        let rows = (range, stride, &mut values[first..]);
         match &self.storage {
-            Storage::Packed { data, .. } => self.copy_rows(data, range, stride, values),
+            Storage::Packed { data, .. } => self.copy_rows(data, rows),
             Storage::Float { stored, data, target } if stored.matrix_format() == *target => {
-                self.copy_rows(data, range, stride, values);
+                self.copy_rows(data, rows);
             }
-            Storage::Float { stored, data, target } => {
-                let mut floats = vec![0.0; self.cols];
-                for row in range {
-                    let start = values.len();
-                    self.decode_row(*stored, data, row, &mut floats);
-                    if *target == MatrixFormat::Q8 {
-                        quantize_q8(&floats, values, scales);
-                        let padding = scale_stride - self.row_scales();
-                        scales.resize(scales.len() + padding, f16::ZERO);
-                    } else {
-                        values.extend(floats.iter().flat_map(|w| w.to_le_bytes()));
-                    }
-                    values.resize(start + stride, 0);
-                }
+            Storage::Float { stored, data, target: MatrixFormat::Q8 } => {
+                self.encode_q8(*stored, data, rows, scale_stride, &mut scales[first_scale..]);
             }
+            Storage::Float { stored, data, .. } => self.encode_f32(*stored, data, rows),
             Storage::Master { stored, data, scale } => {
-                let mut floats = vec![0.0; self.cols];
-                let inverse = 1.0 / scale;
-                let quarter = self.storage_rows();
-                for row in range {
-                    let start = values.len();
-                    // Four fields of 1, the trit 0.
-                    values.resize(start + self.cols, 0b01_01_01_01);
-                    values.resize(start + stride, 0);
-                    let packed = &mut values[start..start + self.cols];
-                    for field in 0..4 {
-                        let source = row + field * quarter;
-                        if source >= self.rows {
-                            break;
-                        }
-                        self.decode_row(*stored, data, source, &mut floats);
-                        for (byte, &w) in packed.iter_mut().zip(&floats) {
-                            let trit = (w * inverse).round_ties_even().clamp(-1.0, 1.0);
-                            let code = (trit as i8 + 1) as u8;
-                            *byte = *byte & !(3 << (2 * field)) | code << (2 * field);
-                        }
-                    }
-                }
+                self.ternarise(*stored, data, 1.0 / scale, rows);
             }
         }
     }
 
-    fn copy_rows(&self, data: &[u8], range: Range<usize>, stride: usize, values: &mut Vec<u8>) {
+    fn copy_rows(&self, data: &[u8], (range, stride, out): Rows<'_>) {
         let row_bytes = self.row_bytes();
-        for row in range {
-            values.extend_from_slice(&data[row * row_bytes..][..row_bytes]);
-            values.resize(values.len() + stride - row_bytes, 0);
+        for (row, out) in range.zip(out.chunks_exact_mut(stride)) {
+            out[..row_bytes].copy_from_slice(&data[row * row_bytes..][..row_bytes]);
         }
     }
 
-    fn decode_row(&self, stored: FloatType, data: &Bytes, row: usize, out: &mut [f32]) {
+    fn encode_f32(&self, stored: FloatType, data: &[u8], (range, stride, out): Rows<'_>) {
+        let out = out.par_chunks_exact_mut(stride);
+        range.into_par_iter().zip(out).for_each_init(
+            || vec![0.0; self.cols],
+            |floats, (row, out)| {
+                self.decode_row(stored, data, row, floats);
+                for (bytes, w) in out.chunks_exact_mut(4).zip(floats) {
+                    bytes.copy_from_slice(&w.to_le_bytes());
+                }
+            },
+        );
+    }
+
+    fn encode_q8(
+        &self,
+        stored: FloatType,
+        data: &[u8],
+        (range, stride, out): Rows<'_>,
+        scale_stride: usize,
+        scales: &mut [f16],
+    ) {
+        let out = out.par_chunks_exact_mut(stride).zip(scales.par_chunks_exact_mut(scale_stride));
+        range.into_par_iter().zip(out).for_each_init(
+            || vec![0.0; self.cols],
+            |floats, (row, (levels, scales))| {
+                self.decode_row(stored, data, row, floats);
+                quantize_q8(floats, levels, scales);
+            },
+        );
+    }
+
+    fn ternarise(
+        &self,
+        stored: FloatType,
+        data: &[u8],
+        inverse: f32,
+        (range, stride, out): Rows<'_>,
+    ) {
+        let quarter = self.storage_rows();
+        let out = out.par_chunks_exact_mut(stride);
+        range.into_par_iter().zip(out).for_each_init(
+            || vec![0.0; self.cols],
+            |floats, (row, out)| {
+                let packed = &mut out[..self.cols];
+                // Four fields of 1, the trit 0.
+                packed.fill(0b01_01_01_01);
+                for field in 0..4 {
+                    let source = row + field * quarter;
+                    if source >= self.rows {
+                        break;
+                    }
+                    self.decode_row(stored, data, source, floats);
+                    for (byte, w) in packed.iter_mut().zip(&*floats) {
+                        // round_half_even and clamp in one: a half rounds to 0.
+                        let x = w * inverse;
+                        let code = 1 + u8::from(x > 0.5) - u8::from(x < -0.5);
+                        *byte = *byte & !(3 << (2 * field)) | code << (2 * field);
+                    }
+                }
+            },
+        );
+    }
+
+    fn decode_row(&self, stored: FloatType, data: &[u8], row: usize, out: &mut [f32]) {
         let row_bytes = self.cols * stored.bytes();
         stored.decode(&data[row * row_bytes..][..row_bytes], out);
     }
 }
 
-/// Mean of |W| over a whole matrix, in f64 so that the order of summation does not matter.
+/// Storage rows to be encoded: which, their padded bytes, and where they go.
+type Rows<'a> = (Range<usize>, usize, &'a mut [u8]);
+
+/// Mean of |W| over a whole matrix `[rows, cols]`. Rows are summed in f64 and in order, so that the
+/// number of threads does not matter.
 fn absmean(stored: FloatType, data: &[u8], cols: usize) -> f32 {
     if data.is_empty() {
         return 0.0;
     }
-    let mut floats = vec![0.0f32; cols];
-    let mut sum = 0.0f64;
-    for row in data.chunks_exact(cols * stored.bytes()) {
-        stored.decode(row, &mut floats);
-        sum += floats.iter().map(|w| f64::from(w.abs())).sum::<f64>();
-    }
-    (sum / (data.len() / stored.bytes()) as f64) as f32
+    let sum_row = |floats: &mut Vec<f32>, row: &[u8]| {
+        stored.decode(row, floats);
+        floats.iter().map(|w| f64::from(w.abs())).sum::<f64>()
+    };
+    let rows = data.par_chunks_exact(cols * stored.bytes());
+    let sums: Vec<f64> = rows.map_init(|| vec![0.0f32; cols], sum_row).collect();
+    (sums.iter().sum::<f64>() / (data.len() / stored.bytes()) as f64) as f32
 }
 
 /// Symmetric 8 bits: `w ~ i8 * scale` with `scale = f16(max |w| / 127)` a block.
-fn quantize_q8(row: &[f32], values: &mut Vec<u8>, scales: &mut Vec<f16>) {
-    for block in row.chunks(Q8_BLOCK) {
+fn quantize_q8(row: &[f32], levels: &mut [u8], scales: &mut [f16]) {
+    let blocks = row.chunks(Q8_BLOCK).zip(levels.chunks_mut(Q8_BLOCK)).zip(scales);
+    for ((block, levels), scale) in blocks {
         let max = block.iter().fold(0.0f32, |m, w| m.max(w.abs()));
-        let scale = f16::from_f32(max / 127.0);
-        let inverse = if scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
-        scales.push(scale);
-        values.extend(block.iter().map(|w| {
-            let level = (w * inverse).round_ties_even().clamp(-127.0, 127.0);
-            level as i8 as u8
-        }));
+        *scale = f16::from_f32(max / 127.0);
+        let inverse = if *scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
+        for (level, w) in levels.iter_mut().zip(block) {
+            *level = round_half_even(w * inverse).clamp(-127.0, 127.0) as i8 as u8;
+        }
     }
+}
+
+/// `f32::round_ties_even` for |x| below 2^22. The standard one is a function call for each element
+/// on x86-64, whose baseline has no instruction for it; this one is vectorised.
+fn round_half_even(x: f32) -> f32 {
+    // Floats from 2^23 to 2^24 are the whole numbers.
+    const SHIFT: f32 = 12_582_912.0;
+    (x + SHIFT) - SHIFT
 }

@@ -29,14 +29,16 @@ pub struct Synthetic {
 
 impl Synthetic {
     /// The names that [`Synthetic::named`] knows.
-    pub const NAMES: [&str; 3] = ["tiny", "bitnet-2b", "llama-1b"];
+    pub const NAMES: [&str; 4] = ["tiny", "bitnet-2b", "bitnet-2b-master", "llama-1b"];
 
-    /// A known shape: `tiny` (a BitNet of 3 M parameters), `bitnet-2b` (BitNet-b1.58-2B-4T) or
-    /// `llama-1b` (Llama-3.2-1B-Instruct).
+    /// A known shape: `tiny` (a BitNet of 3 M parameters), `bitnet-2b` (BitNet-b1.58-2B-4T, packed),
+    /// `bitnet-2b-master` (the same as bf16 master weights) or `llama-1b` (Llama-3.2-1B-Instruct).
     pub fn named(name: &str) -> Option<Self> {
+        let bitnet_2b = || bitnet(2560, 6912, 30, (20, 5, 128), 128_256, 4096);
         let config = match name {
             "tiny" => bitnet(256, 640, 4, (4, 2, 64), 2048, 2048),
-            "bitnet-2b" => bitnet(2560, 6912, 30, (20, 5, 128), 128_256, 4096),
+            "bitnet-2b" => bitnet_2b(),
+            "bitnet-2b-master" => ModelConfig { ternary: Some(Ternary::Master), ..bitnet_2b() },
             "llama-1b" => llama_1b(),
             _ => return None,
         };
@@ -270,7 +272,9 @@ impl View for RandomTensor {
                     let digit = |place: usize| (n / 3usize.pow(place as u32) % 3) as u8;
                     digit(0) | digit(1) << 2 | digit(2) << 4 | digit(3) << 6
                 });
-                out.extend((0..self.elements()).map(|_| packed[bits.next() as usize * 81 >> 16]));
+                out.extend(
+                    (0..self.elements()).map(|_| packed[(usize::from(bits.next()) * 81) >> 16]),
+                );
             }
             Content::Constant(float, value) => {
                 (0..self.elements()).for_each(|_| push_float(&mut out, float, value));

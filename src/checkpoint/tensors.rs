@@ -138,7 +138,7 @@ impl Tensors {
                             quantization_mode \"online\" in config.json)";
             return Err(self.wrong_type(&weight, info, expected));
         }
-        if rows % 4 != 0 {
+        if !rows.is_multiple_of(4) {
             return Err(Error::Unsupported {
                 path: self.path.clone(),
                 what: format!("packed tensor {weight:?} with {rows} output rows"),

@@ -66,11 +66,21 @@ struct TiledParams {
     group: u32,
     start: u32,
     stop: u32,
+    vectors: u32,
     scale: f32,
 }
 
 fn head_constants(head_dim: u32) -> Vec<(&'static str, u32)> {
     vec![("HEAD_DIM", head_dim), ("DIM4", head_dim.div_ceil(4))]
+}
+
+/// The snippet that reads queries and writes results.
+fn heads(head_dim: u32) -> &'static str {
+    if head_dim.is_multiple_of(4) {
+        wgsl!("common/heads_vec4.wgsl")
+    } else {
+        wgsl!("common/heads_scalar.wgsl")
+    }
 }
 
 fn bindings() -> Vec<(u32, Binding)> {
@@ -83,7 +93,7 @@ pub(super) fn program(cache: CacheFormat, head_dim: u32, abilities: Abilities) -
     constants.push(("WORKGROUP", 128));
     Program {
         constants,
-        parts: vec![reduce(abilities), cache_read(cache), wgsl!("attention.wgsl")],
+        parts: vec![reduce(abilities), cache_read(cache), heads(head_dim), wgsl!("attention.wgsl")],
         bindings: bindings(),
         f16: false,
     }
@@ -92,8 +102,8 @@ pub(super) fn program(cache: CacheFormat, head_dim: u32, abilities: Abilities) -
 pub(super) fn merge_program(head_dim: u32) -> Program {
     Program {
         constants: head_constants(head_dim),
-        parts: vec![wgsl!("attention_merge.wgsl")],
-        bindings: vec![(1, Binding::Read), (2, Binding::Write)],
+        parts: vec![heads(head_dim), wgsl!("attention_merge.wgsl")],
+        bindings: vec![(4, Binding::Read), (5, Binding::Write)],
         f16: false,
     }
 }
@@ -101,7 +111,7 @@ pub(super) fn merge_program(head_dim: u32) -> Program {
 pub(super) fn tiled_program(cache: CacheFormat, head_dim: u32) -> Program {
     Program {
         constants: head_constants(head_dim),
-        parts: vec![cache_read(cache), wgsl!("attention_tiled.wgsl")],
+        parts: vec![cache_read(cache), heads(head_dim), wgsl!("attention_tiled.wgsl")],
         bindings: bindings(),
         f16: false,
     }
@@ -219,12 +229,15 @@ impl Stream {
                 group: group as u32,
                 start: start as u32,
                 stop: (start + TILED_KEYS).min(keys) as u32,
+                vectors: shape.head_dim.div_ceil(4).min(8) as u32,
                 scale: scale(shape.head_dim),
             };
             let states = &self.attention.states;
             let buffers = [&qkv.data, &cache.keys, &cache.values, states, &out.data];
             let head_dim = shape.head_dim as u32;
             let kernel = Kernel::AttentionTiled { cache: cache.format, head_dim };
+            let tile_keys = (params.stop - params.start) as usize;
+            self.recorder.work(2 * tile_keys * qkv.rows * shape.width())?;
             let grid = [(qkv.rows * group).div_ceil(TILED_QUERIES), shape.kv_heads, 1];
             self.recorder.dispatch(kernel, &params, &buffers, grid)?;
         }

@@ -3,12 +3,16 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::buffer::Buffer;
 use super::pipeline::Pipeline;
 use super::shader::{Abilities, Kernel};
 use crate::backend::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
+
+/// How long a buffer may take to be mapped once the work on it is done.
+const MAP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Which adapter to take.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -325,7 +329,13 @@ impl Device {
 
     /// Fails once the device was lost or the driver reported an error outside any call.
     pub(super) fn check(&self) -> Result<()> {
-        let mut slot = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = || self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if slot().is_none() {
+            return Ok(());
+        }
+        // Calls fail before the news of a lost device arrives, which comes with a poll.
+        let _ = self.raw.poll(wgpu::PollType::Poll);
+        let mut slot = slot();
         match &*slot {
             None => Ok(()),
             Some(Failure::Lost(message)) => {
@@ -340,26 +350,33 @@ impl Device {
         }
     }
 
-    /// Waits until all submitted work is done.
-    pub(super) fn wait(&self) -> Result<()> {
-        let polled = self.raw.poll(wgpu::PollType::wait_indefinitely());
+    /// Waits until a submission is done, or all of them.
+    pub(super) fn wait(&self, submission: Option<wgpu::SubmissionIndex>) -> Result<()> {
+        let wait = wgpu::PollType::Wait { submission_index: submission, timeout: None };
+        let polled = self.raw.poll(wait);
         self.check()?;
         polled.map(drop).map_err(|error| self.fault("waiting for the device", error.to_string()))
     }
 
-    /// Waits for all submitted work and reads the first `bytes` of a buffer that can be mapped.
-    pub(super) fn map(&self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
+    /// Waits for a submission and reads the first `bytes` of a buffer that it has copied to.
+    pub(super) fn map(
+        &self,
+        buffer: &Buffer,
+        bytes: u64,
+        submission: Option<wgpu::SubmissionIndex>,
+    ) -> Result<Vec<u8>> {
         if bytes == 0 {
-            return self.wait().map(|()| Vec::new());
+            return self.wait(submission).map(|()| Vec::new());
         }
         let (sender, receiver) = std::sync::mpsc::channel();
         buffer.raw().map_async(wgpu::MapMode::Read, ..bytes, move |result| {
             // The receiver is gone where the wait has failed.
             let _ = sender.send(result);
         });
-        self.wait()?;
+        self.wait(submission)?;
         let unreadable = |message: String| self.fault("reading a buffer", message);
-        match receiver.try_recv() {
+        // Another thread that waits may be the one that brings the news.
+        match receiver.recv_timeout(MAP_TIMEOUT) {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Err(unreadable(error.to_string())),
             Err(error) => return Err(unreadable(error.to_string())),

@@ -19,6 +19,7 @@ pub(super) fn program(
     activation: Activation,
     norm: bool,
     out: TensorFormat,
+    vec4: bool,
     abilities: Abilities,
 ) -> Program {
     let mut bindings = vec![(1, Binding::Read), (3, Binding::Write)];
@@ -30,10 +31,12 @@ pub(super) fn program(
     }
     let normalise =
         if norm { wgsl!("common/gate_norm.wgsl") } else { wgsl!("common/gate_plain.wgsl") };
+    let read =
+        if vec4 { wgsl!("common/gate_up_vec4.wgsl") } else { wgsl!("common/gate_up_scalar.wgsl") };
     let silu = activation == Activation::Silu;
     Program {
         constants: vec![("WORKGROUP", 256), ("SILU", silu.into())],
-        parts: vec![reduce(abilities), PRECISE, finish(out), normalise, wgsl!("gate.wgsl")],
+        parts: vec![reduce(abilities), PRECISE, read, finish(out), normalise, wgsl!("gate.wgsl")],
         bindings,
         f16: false,
     }
@@ -64,7 +67,8 @@ impl Stream {
         let mut buffers = vec![&gate_up.data, &out.data];
         buffers.extend(&out.scales);
         buffers.extend(norm.map(|norm| &norm.weight));
-        let kernel = Kernel::Gate { activation, norm: norm.is_some(), out: out.format };
+        let vec4 = out.width.is_multiple_of(4);
+        let kernel = Kernel::Gate { activation, norm: norm.is_some(), out: out.format, vec4 };
         self.recorder.dispatch(kernel, &params, &buffers, [out.rows, 1, 1])
     }
 }

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 const PIECE_BYTES: usize = 8 << 20;
 
 /// Bytes that may wait in wgpu's staging memory until they are sent.
-const STAGED_BYTES: usize = 64 << 20;
+const STAGED_BYTES: usize = 32 << 20;
 
 /// Rows of a block, so that a grid of workgroups that take two rows each stays below 65536.
 const MAX_BLOCK_ROWS: usize = 65_535 * 2;
@@ -219,9 +219,9 @@ impl<'a> Upload<'a> {
 
     /// Sends what waits in staging memory, and waits until it has been taken.
     fn finish(&mut self) -> Result<()> {
-        self.device.queue.submit([]);
+        let submission = self.device.queue.submit([]);
         self.staged = 0;
-        self.device.wait()
+        self.device.wait(Some(submission))
     }
 }
 

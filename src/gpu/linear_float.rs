@@ -73,6 +73,7 @@ impl Stream {
             };
             let mut buffers = vec![&block.weights, &x.data, &out.data];
             buffers.extend(&block.scales);
+            self.recorder.work(block.rows * weight.cols * x.rows)?;
             self.recorder.dispatch(kernel, &params, &buffers, grid)?;
         }
         Ok(())

@@ -71,6 +71,7 @@ impl Stream {
                 (kernel, [block.rows.div_ceil(32), tiles, 1])
             };
             let buffers = [&block.weights, segments, &x.data, scales, &out.data];
+            self.recorder.work(4 * block.rows * weight.cols * x.rows)?;
             self.recorder.dispatch(kernel, &params, &buffers, grid)?;
         }
         Ok(())

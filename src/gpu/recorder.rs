@@ -26,6 +26,10 @@ const SLOTS: usize = 512;
 /// Buffers that a kernel binds besides its parameters.
 const MAX_BUFFERS: usize = 6;
 
+/// Multiply-adds after which a long step is sent off in part, so that no submission holds the GPU
+/// for long: 0.1 s of an integrated GPU. A token of decoding stays one submission.
+const SUBMISSION_WORK: u64 = 20_000_000_000;
+
 /// Bind groups beyond this many are a sign of a caller that makes buffers all the time: then all
 /// are dropped, and with them their hold on buffers that are gone.
 const MAX_BIND_GROUPS: usize = 8192;
@@ -51,11 +55,15 @@ pub(super) struct Recorder {
     device: Arc<Device>,
     dispatches: Vec<Dispatch>,
     copies: Vec<Copy>,
+    /// Multiply-adds of the dispatches.
+    work: u64,
     pipelines: HashMap<Kernel, Arc<Pipeline>>,
     bind_groups: HashMap<BindGroupKey, wgpu::BindGroup>,
     parameters: HashMap<Parameters, u32>,
     parameter_bytes: Vec<u8>,
     parameter_buffer: Buffer,
+    /// The last submission.
+    submitted: Option<wgpu::SubmissionIndex>,
     counters: Counters,
 }
 
@@ -84,11 +92,13 @@ impl Recorder {
             device,
             dispatches: Vec::new(),
             copies: Vec::new(),
+            work: 0,
             pipelines: HashMap::new(),
             bind_groups: HashMap::new(),
             parameters: HashMap::new(),
             parameter_bytes: Vec::new(),
             parameter_buffer,
+            submitted: None,
             counters: Counters::default(),
         })
     }
@@ -132,6 +142,15 @@ impl Recorder {
         Ok(())
     }
 
+    /// Announces the multiply-adds of the dispatch that comes next.
+    pub(super) fn work(&mut self, multiply_adds: usize) -> Result<()> {
+        if self.work >= SUBMISSION_WORK {
+            self.submit()?;
+        }
+        self.work += multiply_adds as u64;
+        Ok(())
+    }
+
     /// Copies the start of a buffer after all dispatches recorded so far.
     pub(super) fn copy(&mut self, from: &Buffer, to: &Buffer, bytes: u64) {
         self.copies.push(Copy { from: from.raw().clone(), to: to.raw().clone(), bytes });
@@ -157,11 +176,18 @@ impl Recorder {
         for copy in self.copies.drain(..) {
             encoder.copy_buffer_to_buffer(&copy.from, 0, &copy.to, 0, copy.bytes);
         }
-        self.device.queue.submit([encoder.finish()]);
+        self.submitted = Some(self.device.queue.submit([encoder.finish()]));
+        self.work = 0;
         self.parameters.clear();
         self.parameter_bytes.clear();
         self.counters.submissions += 1;
         self.device.check()
+    }
+
+    /// Submits what was recorded, waits for it, and reads a buffer that it has copied to.
+    pub(super) fn read(&mut self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
+        self.submit()?;
+        self.device.map(buffer, bytes, self.submitted.clone())
     }
 
     /// Where these parameters will stand in the parameter buffer.

@@ -183,8 +183,7 @@ impl Stream {
 
     pub(super) fn sampled_token(&mut self) -> Result<u32> {
         self.expect("token", self.sampling.sampled, || "no token was sampled".to_owned())?;
-        self.recorder.submit()?;
-        let bytes = self.device.map(&self.sampling.readback, CHOICE_BYTES)?;
+        let bytes = self.recorder.read(&self.sampling.readback, CHOICE_BYTES)?;
         self.sampling.sampled = false;
         let choice: Choice = bytemuck::pod_read_unaligned(&bytes);
         if choice.not_finite != 0 {

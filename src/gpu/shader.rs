@@ -76,6 +76,7 @@ pub(super) enum Kernel {
         activation: Activation,
         norm: bool,
         out: TensorFormat,
+        vec4: bool,
     },
     /// `first`: whether the candidates are the logits themselves.
     SampleBest {
@@ -123,7 +124,9 @@ impl Kernel {
             Self::Attention { cache, head_dim } => attention::program(cache, head_dim, abilities),
             Self::AttentionMerge { head_dim } => attention::merge_program(head_dim),
             Self::AttentionTiled { cache, head_dim } => attention::tiled_program(cache, head_dim),
-            Self::Gate { activation, norm, out } => gate::program(activation, norm, out, abilities),
+            Self::Gate { activation, norm, out, vec4 } => {
+                gate::program(activation, norm, out, vec4, abilities)
+            }
             Self::SampleBest { first } => sample::best_program(first),
             Self::SampleTop { first } => sample::top_program(first),
             Self::SampleDraw => sample::draw_program(),
@@ -152,7 +155,10 @@ impl Kernel {
         for out in tensors {
             all.push(Self::Norm { out });
             for activation in [Activation::Silu, Activation::Relu2] {
-                all.extend([false, true].map(|norm| Self::Gate { activation, norm, out }));
+                for norm in [false, true] {
+                    let vec4 = [false, true];
+                    all.extend(vec4.map(|vec4| Self::Gate { activation, norm, out, vec4 }));
+                }
             }
         }
         for head_dim in [2, 6, 64, 80, 96, 128, 256] {

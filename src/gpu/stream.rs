@@ -80,8 +80,7 @@ impl Stream {
             }
         };
         self.recorder.copy(buffer, &readback, size);
-        self.recorder.submit()?;
-        let data = self.device.map(&readback, size);
+        let data = self.recorder.read(&readback, size);
         self.readback = Some(readback);
         data
     }

@@ -21,7 +21,7 @@ use crate::backend::{Backend, CacheFormat, DeviceInfo};
 use crate::checkpoint::{Checkpoint, ModelConfig};
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, GpuOptions};
+use crate::gpu::GpuOptions;
 use crate::reference::Reference;
 use crate::sampler::SampleStep;
 use crate::tokenizer::Tokenizer;
