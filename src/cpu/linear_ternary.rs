@@ -136,7 +136,7 @@ impl Product<'_> {
             add_totals(simd, &sums, &mut totals);
             start = end;
         }
-        if cols % TERNARY_BLOCK != 0 {
+        if !cols.is_multiple_of(TERNARY_BLOCK) {
             // Activations of zero beyond the end: what the weights are there does not matter.
             let w: [_; R] = std::array::from_fn(|r| padded(packed[r].1));
             let x: [_; T] = std::array::from_fn(|t| padded(x[t].1));

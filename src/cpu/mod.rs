@@ -7,6 +7,11 @@
 //! # Panics
 //! Operations panic where shapes or formats break the contract of [`crate::backend`].
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "the loops of kernels index several arrays of registers at once and are unrolled"
+)]
+
 mod attention;
 mod embed;
 mod gate;

@@ -244,7 +244,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..100 {
-                        let mut out = vec![0; 20];
+                        let mut out = [0; 20];
                         threads.each_of(out.iter_mut(), |_, item| *item += 1);
                         assert!(out.iter().all(|&n| n == 1));
                     }
@@ -260,7 +260,7 @@ mod tests {
             threads.each_of(0..50, |_, i| assert!(i != 25, "as planned"));
         }));
         assert!(result.is_err());
-        let mut out = vec![0; 50];
+        let mut out = [0; 50];
         threads.each_of(out.iter_mut(), |_, item| *item += 1);
         assert!(out.iter().all(|&n| n == 1));
     }
