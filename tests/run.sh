@@ -5,6 +5,9 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+# Without it Mesa writes a line to standard error for each device it opens.
+export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/tmp}"
+
 as_root() {
     if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
 }
