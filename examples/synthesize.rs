@@ -2,8 +2,8 @@
 //! memory at full size without its weights:
 //!
 //! ```sh
-//! cargo run --release --example synthesize -- bitnet-2b /tmp/bitnet-2b
-//! cargo run --release -- generate --model /tmp/bitnet-2b "Hello" --verbose
+//! cargo run --release --example synthesize -- bitnet-2b bitnet-2b-random
+//! cargo run --release -- generate --model bitnet-2b-random "Hello" --verbose
 //! ```
 
 use std::path::Path;

@@ -54,6 +54,7 @@ pub mod checkpoint;
 pub mod conformance;
 pub mod cpu;
 mod error;
+mod formats;
 pub mod gpu;
 pub mod model;
 pub mod reference;

@@ -7,28 +7,13 @@ use std::time::{Duration, Instant};
 use crate::backend::CacheFormat;
 use crate::checkpoint::ModelConfig;
 use crate::error::{Error, Result};
-use crate::model::{Decoder, MemoryUse, Model, Output, SessionShape};
+use crate::model::{Decoder, LOGITS_CHUNK, MemoryUse, Model, Output, SessionShape};
 use crate::sampler::{Draws, SampleStep, Sampling, TokenSet};
 use crate::stop::StopScanner;
 use crate::tokenizer::TextStream;
 
 /// Context of a session where none is asked for, in tokens.
 pub const DEFAULT_CONTEXT: usize = 4096;
-
-/// Tokens of a prompt that run through the layers together.
-///
-/// Enough to use the device well; small enough that a step stays below a second on an integrated
-/// GPU and that activations take megabytes.
-pub(crate) const PREFILL_CHUNK: usize = 256;
-
-/// Tokens a step where the logits of each are wanted: 32 rows of 128,256 logits take 16 MB.
-pub(crate) const LOGITS_CHUNK: usize = 32;
-
-impl SessionShape {
-    pub(crate) fn new(context: usize, cache: CacheFormat) -> Self {
-        Self { context, chunk: PREFILL_CHUNK.min(context), logit_rows: 1, cache }
-    }
-}
 
 /// How large a session may get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use super::json::Object;
-use crate::backend::{Activation, AttentionShape};
 use crate::error::Result;
+use crate::formats::{Activation, AttentionShape};
 
 /// The decoder families that the forward pass knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::backend::{MatrixFormat, Q8_BLOCK};
+use crate::formats::{MatrixFormat, Q8_BLOCK};
 
 /// Bytes of a tensor: mapped from a file, or owned. Cheap to clone.
 ///

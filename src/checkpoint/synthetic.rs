@@ -13,8 +13,8 @@ use serde_json::{Map, Value, json};
 
 use super::config::{Architecture, Llama3Scaling, ModelConfig, RopeConfig, Ternary};
 use super::matrix::FloatType;
-use crate::backend::{Activation, AttentionShape};
 use crate::error::{Error, Result};
+use crate::formats::{Activation, AttentionShape};
 
 /// A checkpoint to be made.
 #[derive(Clone, Debug)]

@@ -1,7 +1,7 @@
 //! The CPU backend: threads and SIMD, on weights where they lie in the file.
 //!
 //! Each operation has a file of its name, as each has a shader. Kernels are written once over
-//! [`simd`]'s vectors and are compiled for each set of instructions; which one runs is decided
+//! `simd`'s vectors and are compiled for each set of instructions; which one runs is decided
 //! when a [`Cpu`] is made.
 //!
 //! # Panics

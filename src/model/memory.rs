@@ -1,9 +1,8 @@
 //! What a model and a context take, counted before anything is allocated.
 
-use super::WeightFormat;
+use super::{PREFILL_CHUNK, WeightFormat};
 use crate::backend::{CacheFormat, Q8_BLOCK};
 use crate::checkpoint::ModelConfig;
-use crate::session::PREFILL_CHUNK;
 
 /// Bytes held on a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

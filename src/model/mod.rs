@@ -191,6 +191,15 @@ pub(crate) enum Output<'a> {
     AllLogits,
 }
 
+/// Tokens of a prompt that run through the layers together.
+///
+/// Enough to use the device well; small enough that a step stays below a second on an integrated
+/// GPU and that activations take megabytes.
+pub(crate) const PREFILL_CHUNK: usize = 256;
+
+/// Tokens a step where the logits of each are wanted: 32 rows of 128,256 logits take 16 MB.
+pub(crate) const LOGITS_CHUNK: usize = 32;
+
 /// How large a session may get.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SessionShape {
@@ -202,6 +211,12 @@ pub(crate) struct SessionShape {
     pub logit_rows: usize,
     /// Format of keys and values.
     pub cache: CacheFormat,
+}
+
+impl SessionShape {
+    pub(crate) fn new(context: usize, cache: CacheFormat) -> Self {
+        Self { context, chunk: PREFILL_CHUNK.min(context), logit_rows: 1, cache }
+    }
 }
 
 /// A [`Transformer`] on some backend.
