@@ -124,15 +124,15 @@ pub enum Error {
         allowed: String,
     },
     /// No adapter fits what was asked for.
-    #[error("no GPU fits {wanted:?}; {}", list_adapters(found))]
+    #[error("{wanted} was not found; {}", list_adapters(found))]
     NoAdapter {
-        /// The device asked for.
+        /// The device asked for, in words.
         wanted: String,
         /// The adapters that are there, as they would be named.
         found: Vec<String>,
     },
     /// A buffer does not fit in the device's memory.
-    #[error("{device}: out of memory: {what} needs {needed} bytes, {held} bytes are held already")]
+    #[error("{device}: out of memory: {what}: {needed} bytes needed, {held} bytes held already")]
     DeviceMemory {
         /// The device.
         device: String,
@@ -144,7 +144,7 @@ pub enum Error {
         held: u64,
     },
     /// The device's limits are too small for this model.
-    #[error("{device}: {what} needs {needed}, the device's limit ({limit_name}) is {limit}")]
+    #[error("{device}: {what}: {needed} needed, but the device's limit {limit_name} is {limit}")]
     DeviceLimit {
         /// The device.
         device: String,
@@ -192,9 +192,9 @@ fn hint(text: &str) -> String {
 
 fn list_adapters(found: &[String]) -> String {
     if found.is_empty() {
-        "no adapter was found at all: is a Vulkan, Metal or DX12 driver installed?".to_owned()
+        "there is no adapter at all: is a Vulkan, Metal or DX12 driver installed?".to_owned()
     } else {
-        format!("found: {}", found.join(", "))
+        format!("there is {}", found.join(", "))
     }
 }
 

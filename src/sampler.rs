@@ -45,7 +45,11 @@ impl Sampling {
             Err(Error::Parameter { name, value, allowed })
         };
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
-            return refuse("temperature", self.temperature, "must be 0 or more");
+            return refuse(
+                "temperature",
+                self.temperature,
+                "must be a finite number of at least 0",
+            );
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return refuse("top_p", self.top_p, "must be above 0 and at most 1");
@@ -54,7 +58,11 @@ impl Sampling {
             return refuse("min_p", self.min_p, "must be from 0 to 1");
         }
         if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
-            return refuse("repetition_penalty", self.repetition_penalty, "must be above 0");
+            return refuse(
+                "repetition_penalty",
+                self.repetition_penalty,
+                "must be a finite number above 0",
+            );
         }
         Ok(())
     }

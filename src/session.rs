@@ -107,15 +107,15 @@ pub struct Timings {
 }
 
 impl Timings {
-    /// Prompt tokens a second.
-    pub fn prefill_rate(&self) -> f64 {
-        self.prompt_tokens as f64 / self.prefill.as_secs_f64().max(1e-9)
+    /// Prompt tokens a second; `None` where no token was made.
+    pub fn prefill_rate(&self) -> Option<f64> {
+        (self.new_tokens > 0).then(|| self.prompt_tokens as f64 / self.prefill.as_secs_f64())
     }
 
     /// New tokens a second after the first; `None` for fewer than two.
     pub fn decode_rate(&self) -> Option<f64> {
         let steps = self.new_tokens.checked_sub(1).filter(|steps| *steps > 0)?;
-        Some(steps as f64 / self.decode.as_secs_f64().max(1e-9))
+        Some(steps as f64 / self.decode.as_secs_f64())
     }
 }
 

@@ -153,6 +153,19 @@ fn logits_are_written_whole_or_not_at_all() {
     let apart = distance(&found, golden.floats("logits_65"), vocabulary);
     assert!(apart.max < 1e-3, "{apart:?}");
 
+    // A link keeps pointing where it points; what is no regular file is left alone.
+    #[cfg(unix)]
+    {
+        let elsewhere = tempfile::tempdir().expect("directory");
+        let link = elsewhere.path().join("link");
+        std::os::unix::fs::symlink(&file, &link).expect("link");
+        let to = |out| ["logits", "--model", path(&model), "--ids", path(&ids), "--out", out];
+        ok(run(&[&to(path(&link))[..], &cpu].concat()));
+        assert!(link.is_symlink() && fs::read(&file).expect("written") == bytes);
+        let output = run(&[&to("/dev/null")[..], &cpu].concat());
+        assert!(err(&output).contains("not a regular file"), "{}", err(&output));
+    }
+
     for (text, word) in [("1 2 x", "\"x\""), ("1 99999", "99999"), ("", "no tokens")] {
         fs::write(&ids, text).expect("write");
         let output = run(&[&args[..], &cpu].concat());

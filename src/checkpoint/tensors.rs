@@ -55,7 +55,8 @@ impl Tensors {
         let single = dir.join(SINGLE);
         let index = dir.join(INDEX);
         let mut tensors = BTreeMap::new();
-        if single.exists() {
+        // A link that leads nowhere is reported as such, not passed over.
+        if single.symlink_metadata().is_ok() {
             for (name, info) in read_shard(&single)? {
                 tensors.insert(name, info);
             }

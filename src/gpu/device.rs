@@ -147,7 +147,7 @@ fn select(select: &Select) -> Result<Adapter> {
         None => {
             let wanted = match select {
                 Select::Hardware => "a hardware GPU".to_owned(),
-                Select::Named(name) => name.clone(),
+                Select::Named(name) => format!("an adapter named {name:?}"),
             };
             Err(Error::NoAdapter { wanted, found })
         }

@@ -8,7 +8,7 @@ use deltallm::checkpoint::synthetic::Synthetic;
 use deltallm::model::WeightFormat;
 use deltallm::{Cancel, DeviceChoice, Error, Model, ModelOptions};
 
-use crate::output::load_bar;
+use crate::output::{load_bar, say};
 
 /// Which model, on which device, in which formats.
 #[derive(Args)]
@@ -94,20 +94,20 @@ impl ModelArgs {
             Some(dir) => (dir.clone(), None),
             None => {
                 let made_up = make_up()?;
-                eprintln!(
-                    "no --model: running a tiny model with random weights; its text is noise"
-                );
+                say!("no --model: running a tiny model with random weights; its text is noise");
                 (made_up.path().to_owned(), Some(made_up))
             }
         };
         let model = Model::open_with_progress(&dir, &options, load_bar(cancel))?;
         if let Some(reason) = model.fallback() {
-            eprintln!("{reason}: using the CPU ({})", model.device().driver);
+            say!("{reason}: using the CPU ({})", model.device().driver);
         }
         let name = match self.model {
             Some(_) => dir.display().to_string(),
             None => "random weights".to_owned(),
         };
+        // On Unix what is mapped outlives its name: nothing is left behind, however the program ends.
+        let made_up = made_up.filter(|_| !cfg!(unix));
         Ok(OpenModel { model, name, _made_up: made_up })
     }
 }

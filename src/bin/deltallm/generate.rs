@@ -12,7 +12,7 @@ use deltallm::{
 use serde_json::json;
 
 use crate::args::ModelArgs;
-use crate::output::{Failure, Outcome, bytes, stop_on_interrupt};
+use crate::output::{Failure, Outcome, bytes, say, stop_on_interrupt};
 
 /// Options of `generate`.
 #[derive(clap::Args)]
@@ -55,7 +55,7 @@ pub struct Args {
     #[arg(long, value_name = "R", default_value_t = 1.0)]
     repetition_penalty: f32,
 
-    /// The same seed gives the same text [default: 0]
+    /// The same seed gives the same text on the same device [default: 0]
     #[arg(long)]
     seed: Option<u64>,
 
@@ -185,7 +185,7 @@ impl Args {
             (None, Some(text)) if text != "-" => return Ok(text.to_owned()),
             (None, _) => {
                 if io::stdin().is_terminal() {
-                    eprintln!("reading the prompt from standard input; end it with Ctrl-D");
+                    say!("reading the prompt from standard input; end it with Ctrl-D");
                 }
                 let mut bytes = Vec::new();
                 let read = io::stdin().read_to_end(&mut bytes);
@@ -219,27 +219,29 @@ fn report(
     finish: &FinishReason,
 ) {
     let device = model.device();
-    let rate = |rate: f64| format!("{rate:.2} tokens/s");
-    eprintln!();
-    eprintln!("device    {} ({}, {})", device.name, device.kind.name(), device.backend);
-    eprintln!("driver    {}", device.driver);
+    let rate = |rate: Option<f64>| {
+        rate.map_or_else(|| "no rate".to_owned(), |rate| format!("{rate:.2} tokens/s"))
+    };
+    say!("");
+    say!("device    {} ({}, {})", device.name, device.kind.name(), device.backend);
+    say!("driver    {}", device.driver);
     if !device.features.is_empty() {
-        eprintln!("features  {}", device.features.join(", "));
+        say!("features  {}", device.features.join(", "));
     }
-    eprintln!("load      {:.2} s", model.load_time().as_secs_f64());
-    eprintln!(
+    say!("load      {:.2} s", model.load_time().as_secs_f64());
+    say!(
         "prefill   {} tokens in {:.3} s, {}",
         timings.prompt_tokens,
         timings.prefill.as_secs_f64(),
         rate(timings.prefill_rate())
     );
-    eprintln!(
+    say!(
         "decode    {} tokens in {:.3} s, {}",
         timings.new_tokens.saturating_sub(1),
         timings.decode.as_secs_f64(),
-        timings.decode_rate().map_or_else(|| "no rate".to_owned(), rate)
+        rate(timings.decode_rate())
     );
-    eprintln!(
+    say!(
         "memory    {}: weights {}, cache {} for {context} tokens, activations {}, scratch {}",
         bytes(memory.total()),
         bytes(memory.weights),
@@ -247,5 +249,5 @@ fn report(
         bytes(memory.activations),
         bytes(memory.scratch)
     );
-    eprintln!("finished  {}", finish.name());
+    say!("finished  {}", finish.name());
 }

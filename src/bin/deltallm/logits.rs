@@ -58,15 +58,18 @@ fn header(shape: &[usize; 2]) -> Vec<u8> {
 
 /// A file on its way to `--out`: what stands there stays until the new one is whole, and nothing is
 /// left over if it never is.
-struct Partial<'a> {
-    out: &'a Path,
+struct Partial {
+    out: PathBuf,
     file: BufWriter<tempfile::NamedTempFile>,
 }
 
-impl<'a> Partial<'a> {
-    fn create(out: &'a Path) -> Result<Self, Error> {
-        if out.is_dir() {
-            return Err(io_error(out, std::io::ErrorKind::IsADirectory.into()));
+impl Partial {
+    fn create(out: &Path) -> Result<Self, Error> {
+        // What a symbolic link points to is replaced, not the link; a device or a pipe never is.
+        let out = fs::canonicalize(out).unwrap_or_else(|_| out.to_owned());
+        if out.exists() && !out.is_file() {
+            let message = "exists and is not a regular file".into();
+            return Err(Error::Malformed { path: out, message });
         }
         let parent = match out.parent() {
             Some(parent) if parent != Path::new("") => parent,
@@ -77,19 +80,19 @@ impl<'a> Partial<'a> {
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let file = builder.prefix(".logits-").tempfile_in(parent);
-        let file = BufWriter::new(file.map_err(|source| io_error(out, source))?);
+        let file = BufWriter::new(file.map_err(|source| io_error(&out, source))?);
         Ok(Self { out, file })
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.file.write_all(bytes).map_err(|source| io_error(self.out, source))
+        self.file.write_all(bytes).map_err(|source| io_error(&self.out, source))
     }
 
     fn finish(self) -> Result<(), Error> {
-        let fail = |source| io_error(self.out, source);
+        let fail = |source| io_error(&self.out, source);
         let file = self.file.into_inner().map_err(|error| fail(error.into_error()))?;
         file.as_file().sync_all().map_err(fail)?;
-        file.persist(self.out).map(drop).map_err(|error| fail(error.error))
+        file.persist(&self.out).map(drop).map_err(|error| fail(error.error))
     }
 }
 

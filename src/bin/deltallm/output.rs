@@ -8,6 +8,16 @@ use deltallm::model::LoadProgress;
 use deltallm::{Cancel, Error};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+/// Prints a line on standard error. What is said there is for people: a run does not fail because
+/// nobody can read it.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($text)*);
+    }};
+}
+pub(crate) use say;
+
 /// Why a command failed.
 pub enum Failure {
     /// A fault, to be printed.
@@ -45,15 +55,15 @@ pub fn exit(outcome: Outcome) -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(Failure::Output(error)) => {
-            eprintln!("error: standard output: {error}");
+            say!("error: standard output: {error}");
             ExitCode::FAILURE
         }
         Err(Failure::Error(error)) => {
-            eprintln!("error: {error}");
+            say!("error: {error}");
             ExitCode::FAILURE
         }
         Err(Failure::Interrupted) => {
-            eprintln!("interrupted");
+            say!("interrupted");
             ExitCode::from(130)
         }
     }
