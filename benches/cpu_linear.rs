@@ -2,9 +2,10 @@
 //!
 //! `cargo bench --no-default-features --bench cpu_linear`
 //!
-//! The first group reads memory and does nothing else: it is the floor of a product with one
-//! token, which reads each weight once. One-token products sweep over enough layers that no cache
-//! holds them, as decoding does. Products with many tokens count operations instead of bytes.
+//! Each runs with one thread and with all. The first group reads memory and does nothing else: it
+//! is the floor of a product with one token, which reads each weight once. One-token products
+//! sweep over enough layers that no cache holds them, as decoding does. Products with many tokens
+//! count operations instead of bytes.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -124,21 +125,31 @@ fn fresh(source: &MatrixSource) -> MatrixSource {
     }
 }
 
+/// One thread, and one for each core.
+fn thread_counts() -> Vec<usize> {
+    let all = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut counts = vec![1, all];
+    counts.dedup();
+    counts
+}
+
 /// Reads memory with as many threads as the backend has, and adds it up so that it is read.
 fn floor(c: &mut Criterion) {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let words: Vec<u64> = vec![1; SWEEP / 8];
     let mut group = c.benchmark_group("floor");
     group.throughput(Throughput::Bytes(SWEEP as u64));
-    group.bench_function("read", |b| {
-        b.iter(|| {
-            std::thread::scope(|scope| {
-                for part in words.chunks(words.len().div_ceil(threads)) {
-                    scope.spawn(move || black_box(part.iter().copied().fold(0, u64::wrapping_add)));
-                }
+    for threads in thread_counts() {
+        group.bench_function(BenchmarkId::new("read", format!("{threads} threads")), |b| {
+            b.iter(|| {
+                std::thread::scope(|scope| {
+                    for part in words.chunks(words.len().div_ceil(threads)) {
+                        let sum = move || part.iter().copied().fold(0, u64::wrapping_add);
+                        scope.spawn(move || black_box(sum()));
+                    }
+                });
             });
         });
-    });
+    }
     group.finish();
 }
 
@@ -150,30 +161,36 @@ fn formats(model: &str) -> &'static [(&'static str, MatrixFormat)] {
 }
 
 fn one_token(c: &mut Criterion) {
-    let cpu = Cpu::new(None).expect("threads start");
     let mut group = c.benchmark_group("one_token");
-    for (model, layer, rows, cols) in SHAPES {
-        for &(name, format) in formats(model) {
-            let mut product = Product::new(&cpu, format, (rows, cols), 1, SWEEP);
-            group.throughput(Throughput::Bytes(product.bytes()));
-            let id = BenchmarkId::new(format!("{model} {layer}"), name);
-            group.bench_function(id, |b| b.iter(|| product.run()));
+    for threads in thread_counts() {
+        let cpu = Cpu::new(Some(threads)).expect("threads start");
+        for (model, layer, rows, cols) in SHAPES {
+            for &(name, format) in formats(model) {
+                let mut product = Product::new(&cpu, format, (rows, cols), 1, SWEEP);
+                group.throughput(Throughput::Bytes(product.bytes()));
+                let id = format!("{model} {layer} {name}");
+                let id = BenchmarkId::new(id, format!("{threads} threads"));
+                group.bench_function(id, |b| b.iter(|| product.run()));
+            }
         }
     }
     group.finish();
 }
 
 fn many_tokens(c: &mut Criterion) {
-    let cpu = Cpu::new(None).expect("threads start");
     for tokens in [4, 64, 256] {
         let mut group = c.benchmark_group(format!("{tokens}_tokens"));
-        for (model, layer, rows, cols) in SHAPES {
-            for &(name, format) in formats(model) {
-                let mut product = Product::new(&cpu, format, (rows, cols), tokens, 1);
-                // A multiplication and an addition each.
-                group.throughput(Throughput::Elements((2 * rows * cols * tokens) as u64));
-                let id = BenchmarkId::new(format!("{model} {layer}"), name);
-                group.bench_function(id, |b| b.iter(|| product.run()));
+        for threads in thread_counts() {
+            let cpu = Cpu::new(Some(threads)).expect("threads start");
+            for (model, layer, rows, cols) in SHAPES {
+                for &(name, format) in formats(model) {
+                    let mut product = Product::new(&cpu, format, (rows, cols), tokens, 1);
+                    // A multiplication and an addition each.
+                    group.throughput(Throughput::Elements((2 * rows * cols * tokens) as u64));
+                    let id = format!("{model} {layer} {name}");
+                    let id = BenchmarkId::new(id, format!("{threads} threads"));
+                    group.bench_function(id, |b| b.iter(|| product.run()));
+                }
             }
         }
         group.finish();
