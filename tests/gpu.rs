@@ -322,7 +322,7 @@ fn an_adapter_that_is_not_there_is_named_with_those_that_are() {
     let name = "no such adapter".to_owned();
     match Gpu::open(&GpuOptions { select: Select::Named(name.clone()), ..GpuOptions::default() }) {
         Err(Error::NoAdapter { wanted, found }) => {
-            assert_eq!(wanted, name);
+            assert!(wanted.contains(&name), "{wanted}");
             assert_eq!(found.len(), deltallm::gpu::adapters().len());
         }
         other => panic!("{other:?}"),
