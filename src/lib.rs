@@ -37,12 +37,13 @@
 //!
 //! An operation has one name everywhere: `norm` is `shaders/norm.wgsl`, `src/gpu/norm.rs`,
 //! `src/cpu/norm.rs`, [`Operations::norm`](backend::Operations::norm) and its row in the table of
-//! [`conformance`].
+//! [`conformance`]. Where a GPU needs several kernels for one, their names begin with it:
+//! `shaders/attention_tiled.wgsl`.
 //!
 //! # What can be relied on
 //!
-//! - Integer arithmetic is exact: given the same 8-bit inputs, ternary products are bit-equal on
-//!   every backend.
+//! - Integer arithmetic is exact: given the same 8-bit inputs, the sums of ternary products are
+//!   bit-equal on every backend.
 //! - A fault is a [`Result`] that names the file, tensor, shape, limit or device. The library does
 //!   not panic on a checkpoint or a prompt, whatever is in it, and it does not print or exit.
 //! - The same seed gives the same text on the same device.
