@@ -12,10 +12,11 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use deltallm::backend::{
-    AttentionShape, Backend, Footprint, MatrixFormat, Operations, StreamShape, TensorFormat,
+    AttentionShape, Backend, Footprint, MatrixFormat, Operations, Step, StreamShape, TensorFormat,
 };
 use deltallm::checkpoint::{FloatType, MatrixSource};
 use deltallm::cpu::Cpu;
+use deltallm::delta::Phase;
 use deltallm::sampler::Draws;
 
 /// Bytes of weights in a sweep.
@@ -92,7 +93,9 @@ impl Product {
         let attention = AttentionShape { heads: 1, kv_heads: 1, head_dim: 64 };
         let shape = StreamShape { rows: tokens, context: tokens, attention, vocabulary: 32 };
         let mut stream = cpu.stream(&shape).expect(made);
-        stream.begin(&vec![0; tokens], 0).expect(made);
+        stream
+            .begin(&Step { tokens: &vec![0; tokens], position: 0, phase: Phase::Decode })
+            .expect(made);
         Self { layers, x, out, stream }
     }
 

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use deltallm::backend::{
-    AttentionShape, Backend, Footprint, MatrixFormat, Operations, StreamShape, TensorFormat,
+    AttentionShape, Backend, Footprint, MatrixFormat, Operations, Step, StreamShape, TensorFormat,
 };
 use deltallm::checkpoint::{FloatType, MatrixSource};
+use deltallm::delta::Phase;
 use deltallm::gpu::{Gpu, GpuOptions, Select};
 
 /// Repetitions in one submission.
@@ -87,7 +88,9 @@ fn products(gpu: &Gpu, shape: &Shape, tokens: usize, count: u64) -> Duration {
         gpu.write(&mut x, &vec![1.0; count_x]).expect("written");
     }
     let probe = gpu.tensor(1, 1, TensorFormat::F32).expect("a tensor");
-    stream.begin(&vec![0; tokens], 0).expect("a step");
+    stream
+        .begin(&Step { tokens: &vec![0; tokens], position: 0, phase: Phase::Decode })
+        .expect("a step");
     stream.linear(&x, &weight, &mut y).expect("recorded");
     stream.read(&y).expect("warm");
 

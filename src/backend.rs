@@ -12,6 +12,7 @@
 use std::ops::Range;
 
 use crate::checkpoint::MatrixSource;
+use crate::delta::{AttentionPolicy, CacheImage, Page, Phase};
 use crate::error::Result;
 pub use crate::formats::{Activation, AttentionShape, CacheFormat, MatrixFormat, Q8_BLOCK};
 use crate::sampler::SampleStep;
@@ -42,10 +43,49 @@ pub struct StreamShape {
     pub vocabulary: usize,
 }
 
+/// What a cache is made for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CacheShape {
+    /// The attention's shape.
+    pub attention: AttentionShape,
+    /// Tokens that it can hold. They are not reserved: memory grows with the text.
+    pub context: usize,
+    /// Tokens of the largest step.
+    pub rows: usize,
+    /// How keys and values are kept.
+    pub policy: AttentionPolicy,
+}
+
+/// What the operations of a step are about.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// Ids of its tokens, within the vocabulary; at least one, at most [`StreamShape::rows`].
+    pub tokens: &'a [u32],
+    /// Where the first of them stands in the text; the last must be within the context.
+    pub position: usize,
+    /// Which of the policy's windows holds.
+    pub phase: Phase,
+}
+
 /// Bytes held on the device, or in host memory for a CPU backend.
 pub trait Footprint {
     /// Bytes held, padding included.
     fn bytes(&self) -> u64;
+}
+
+/// Bytes held by a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct CacheBytes {
+    /// Compressed pages, original keys, and what is needed to find them.
+    pub keys: u64,
+    /// Values with their scales.
+    pub values: u64,
+}
+
+/// Keys and values of one layer.
+pub trait KeyValueCache {
+    /// Bytes held, padding and room to grow included.
+    fn held(&self) -> CacheBytes;
 }
 
 /// A device: makes what a model and its sessions hold.
@@ -61,7 +101,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Activations `[rows, width]`; `rows` is set by the operation that writes it.
     type Tensor: Footprint + Send;
     /// Keys and values of one layer.
-    type Cache: Footprint + Send;
+    type Cache: KeyValueCache + Send;
     /// Where a session's operations run; its footprint is what they need beside their tensors.
     type Stream: Operations<Self> + Footprint;
 
@@ -86,13 +126,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Activations of up to `rows` tokens, zeros at first.
     fn tensor(&self, rows: usize, width: usize, format: TensorFormat) -> Result<Self::Tensor>;
 
-    /// An empty cache for up to `context` tokens of one layer.
-    fn cache(
-        &self,
-        shape: AttentionShape,
-        context: usize,
-        format: CacheFormat,
-    ) -> Result<Self::Cache>;
+    /// An empty cache of one layer.
+    ///
+    /// # Errors
+    /// Device out of memory or over its limits; pages that are too large for such heads.
+    fn cache(&self, shape: &CacheShape) -> Result<Self::Cache>;
 
     /// A stream for one session.
     fn stream(&self, shape: &StreamShape) -> Result<Self::Stream>;
@@ -112,11 +150,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
 /// Every operation reads the live rows of its input and sets the rows of its output. Shapes are
 /// the caller's contract: the model checks them once when it is loaded.
 pub trait Operations<B: Backend<Stream = Self>>: Send {
-    /// Starts a step over `tokens`, the first of which stands at `position` of the context.
-    ///
-    /// `tokens` has 1 to [`StreamShape::rows`] ids, each within the vocabulary, and
-    /// `position + tokens.len()` is at most [`StreamShape::context`].
-    fn begin(&mut self, tokens: &[u32], position: usize) -> Result<()>;
+    /// Starts a step.
+    fn begin(&mut self, step: &Step<'_>) -> Result<()>;
 
     /// `out[t] = table[token t]`, `[T, hidden]`; `table` is a single matrix `[vocabulary, hidden]`.
     fn embed(&mut self, table: &B::Linear, out: &mut B::Tensor) -> Result<()>;
@@ -143,7 +178,8 @@ pub trait Operations<B: Backend<Stream = Self>>: Send {
     fn linear_add(&mut self, x: &B::Tensor, weight: &B::Linear, out: &mut B::Tensor) -> Result<()>;
 
     /// Rotates queries and keys in `qkv` `[T, (H + 2 G) D]` and appends keys and values to the
-    /// cache at the step's position. Only the queries need to be rotated in place.
+    /// cache at the step's position, which is its length. Only the queries need to be rotated in
+    /// place.
     ///
     /// Half-split rotation as in transformers: pairs are `(i, i + D / 2)`.
     /// Source: RoFormer, <https://arxiv.org/abs/2104.09864>, equation 34.
@@ -154,8 +190,15 @@ pub trait Operations<B: Backend<Stream = Self>>: Send {
         cache: &mut B::Cache,
     ) -> Result<()>;
 
+    /// Compresses the pages of keys that the step has completed, see
+    /// [`encode_page`](crate::delta::encode_page); nothing where keys are plain.
+    fn encode_keys(&mut self, cache: &mut B::Cache) -> Result<()>;
+
     /// Causal attention of the step's queries over the cache, `[T, H D]`:
     /// `softmax(q k^T / sqrt(D)) v` by online softmax; no `T x L` matrix is held.
+    ///
+    /// Of the keys a query sees those that [`ExactRule`](crate::delta::ExactRule) says exactly,
+    /// and of the others what their pages stand for.
     fn attention(&mut self, qkv: &B::Tensor, cache: &B::Cache, out: &mut B::Tensor) -> Result<()>;
 
     /// `out = act(gate) * up` from `gate_up` `[T, 2 I]` (gate first), then `norm` where there is
@@ -171,6 +214,23 @@ pub trait Operations<B: Backend<Stream = Self>>: Send {
     /// Chooses a token from the last live row of `logits`; the host gets it by
     /// [`Operations::token`]. See [`SampleStep`] for the exact rule.
     fn sample(&mut self, logits: &B::Tensor, step: &SampleStep<'_>) -> Result<()>;
+
+    /// Cuts a cache back to its first `length` tokens.
+    ///
+    /// Original keys beyond that are gone, and of those before it no more are there than were:
+    /// the caller knows what can still be continued (see
+    /// [`AttentionPolicy::recent_slots`]).
+    fn truncate(&mut self, cache: &mut B::Cache, length: usize) -> Result<()>;
+
+    /// Waits for all submitted work and reads a cache's compressed pages, `[G][pages]`.
+    fn pages(&mut self, cache: &B::Cache) -> Result<Vec<Vec<Page>>>;
+
+    /// Waits likewise and reads all that is in a cache; its original keys from `exact_from` on.
+    fn save(&mut self, cache: &B::Cache, exact_from: usize) -> Result<CacheImage>;
+
+    /// Puts into an empty cache what [`Operations::save`] has read, on whatever backend, from a
+    /// cache of the same shape. The parts of the image have been checked.
+    fn restore(&mut self, cache: &mut B::Cache, image: &CacheImage) -> Result<()>;
 
     /// Ends the step: a GPU starts to work. Does not wait.
     fn submit(&mut self) -> Result<()>;

@@ -54,6 +54,7 @@ pub mod backend;
 pub mod checkpoint;
 pub mod conformance;
 pub mod cpu;
+pub mod delta;
 mod error;
 mod formats;
 pub mod gpu;

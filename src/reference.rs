@@ -15,10 +15,12 @@ use std::ops::Range;
 use half::f16;
 
 use crate::backend::{
-    Activation, AttentionShape, Backend, CacheFormat, DeviceInfo, DeviceKind, Footprint,
-    MatrixFormat, Operations, Q8_BLOCK, StreamShape, TensorFormat,
+    Activation, AttentionShape, Backend, CacheBytes, CacheFormat, CacheShape, DeviceInfo,
+    DeviceKind, Footprint, KeyValueCache, MatrixFormat, Operations, Q8_BLOCK, Step, StreamShape,
+    TensorFormat,
 };
 use crate::checkpoint::{Bytes, FloatType, MatrixSource};
+use crate::delta::{CacheImage, Page};
 use crate::error::{Error, Result};
 use crate::sampler::SampleStep;
 
@@ -254,9 +256,9 @@ impl Cache {
     }
 }
 
-impl Footprint for Cache {
-    fn bytes(&self) -> u64 {
-        (self.keys.len() + self.values.len()) as u64 * 4
+impl KeyValueCache for Cache {
+    fn held(&self) -> CacheBytes {
+        CacheBytes { keys: 4 * self.keys.len() as u64, values: 4 * self.values.len() as u64 }
     }
 }
 
@@ -309,8 +311,10 @@ impl Backend for Reference {
         Ok(Tensor { rows: 0, width, capacity: rows, elements })
     }
 
-    fn cache(&self, shape: AttentionShape, context: usize, format: CacheFormat) -> Result<Cache> {
+    fn cache(&self, shape: &CacheShape) -> Result<Cache> {
+        let CacheShape { attention: shape, context, policy, .. } = *shape;
         let elements = context * shape.kv_heads * shape.head_dim;
+        let format = policy.exact;
         Ok(Cache { shape, format, keys: vec![0.0; elements], values: vec![0.0; elements] })
     }
 
@@ -345,9 +349,9 @@ impl Backend for Reference {
 }
 
 impl Operations<Reference> for Stream {
-    fn begin(&mut self, tokens: &[u32], position: usize) -> Result<()> {
-        self.tokens = tokens.to_vec();
-        self.position = position;
+    fn begin(&mut self, step: &Step<'_>) -> Result<()> {
+        self.tokens = step.tokens.to_vec();
+        self.position = step.position;
         Ok(())
     }
 
@@ -409,6 +413,26 @@ impl Operations<Reference> for Stream {
             qkv.set_row(t, &row);
         }
         Ok(())
+    }
+
+    fn encode_keys(&mut self, _cache: &mut Cache) -> Result<()> {
+        Ok(())
+    }
+
+    fn truncate(&mut self, _cache: &mut Cache, _length: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn pages(&mut self, _cache: &Cache) -> Result<Vec<Vec<Page>>> {
+        Ok(Vec::new())
+    }
+
+    fn save(&mut self, _cache: &Cache, _exact_from: usize) -> Result<CacheImage> {
+        Err(Error::EmptyPrompt)
+    }
+
+    fn restore(&mut self, _cache: &mut Cache, _image: &CacheImage) -> Result<()> {
+        Err(Error::EmptyPrompt)
     }
 
     fn attention(&mut self, qkv: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {

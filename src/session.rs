@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::backend::CacheFormat;
 use crate::checkpoint::ModelConfig;
+use crate::delta::{AttentionPolicy, Phase};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, LOGITS_CHUNK, MemoryUse, Model, Output, SessionShape};
 use crate::sampler::{Draws, SampleStep, Sampling, TokenSet};
@@ -16,13 +16,13 @@ use crate::tokenizer::TextStream;
 pub const DEFAULT_CONTEXT: usize = 4096;
 
 /// How large a session may get.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
 pub struct SessionOptions {
-    /// Tokens that the cache holds, all of which are reserved on the device. `None` takes
+    /// Tokens that the text may have. Memory for them is taken as the text grows. `None` takes
     /// [`DEFAULT_CONTEXT`], or the model's own limit where that is less.
     pub context: Option<usize>,
-    /// Format of cached keys and values.
-    pub cache: CacheFormat,
+    /// How keys and values are kept, and which of them attention sees exactly.
+    pub attention: AttentionPolicy,
 }
 
 /// When a generation stops.
@@ -130,25 +130,29 @@ pub struct Session {
     /// The whole text. The last token of a generation is not in the cache yet: it enters with the
     /// next step.
     tokens: Vec<u32>,
+    /// Where the last prompt ends: what stands before it is run as a prompt, what comes after it as
+    /// decoding.
+    prompt: usize,
     cancel: Cancel,
 }
 
 impl Session {
-    /// Reserves a cache and everything else that running the model takes.
+    /// Makes an empty cache and reserves everything else that running the model takes.
     ///
     /// # Errors
-    /// A context of 0 or above the model's limit; too little device memory.
+    /// A context of 0 or above the model's limit, a policy out of range; too little device memory.
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Self> {
         let limit = model.config().context;
         let context = options.context.unwrap_or(DEFAULT_CONTEXT.min(limit));
         check_context(context, model.config())?;
-        Self::with_shape(model, SessionShape::new(context, options.cache))
+        Self::with_shape(model, SessionShape::new(context, options.attention))
     }
 
     fn with_shape(model: &Model, shape: SessionShape) -> Result<Self> {
+        shape.policy.check()?;
         let decoder = model.engine().clone().start(shape)?;
         let (model, cancel) = (model.clone(), Cancel::default());
-        Ok(Self { model, decoder, shape, tokens: Vec::new(), cancel })
+        Ok(Self { model, decoder, shape, tokens: Vec::new(), prompt: 0, cancel })
     }
 
     /// The model.
@@ -183,8 +187,13 @@ impl Session {
     }
 
     /// Cuts the text back to its first `length` tokens; what is shorter stays as it is.
+    ///
+    /// With dense attention that is all. A compressed cache keeps the original keys of recent tokens
+    /// only: a text that is cut back further than they reach is run again from its start, as one
+    /// prompt, when it is continued.
     pub fn truncate(&mut self, length: usize) {
         self.tokens.truncate(length);
+        self.prompt = self.prompt.min(length);
         self.decoder.truncate(length);
     }
 
@@ -244,8 +253,8 @@ impl Session {
     pub fn evaluate(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         let before = self.tokens.len();
         self.prefill(tokens)?;
-        let pending = &self.tokens[self.decoder.length()..];
-        let run = self.decoder.forward(pending, Output::LastLogits);
+        let (pending, phase) = (&self.tokens[self.decoder.length()..], self.phase());
+        let run = self.decoder.forward(pending, phase, Output::LastLogits);
         let logits = run.and_then(|()| self.decoder.logits()).and_then(finite);
         if logits.is_err() {
             self.truncate(before);
@@ -264,10 +273,28 @@ impl Session {
             return Err(Error::EmptyPrompt);
         }
         check_fits(self.tokens.len() + tokens.len(), self.shape.context, config.context)?;
+        // A single token that continues a text is one that a caller has chosen: decoding.
+        let decoded = tokens.is_empty() || (tokens.len() == 1 && !self.tokens.is_empty());
         self.tokens.extend_from_slice(tokens);
+        if !decoded {
+            self.prompt = self.tokens.len();
+        }
         // The first new token needs the output of the last one: at least that one is run again.
         self.decoder.truncate(self.tokens.len() - 1);
+        if !self.decoder.can_continue(self.phase()) {
+            self.decoder.truncate(0);
+            self.prompt = self.tokens.len();
+        }
         Ok(())
+    }
+
+    /// What the next step is part of.
+    fn phase(&self) -> Phase {
+        if self.decoder.length() < self.prompt {
+            Phase::Prefill { length: self.prompt }
+        } else {
+            Phase::Decode
+        }
     }
 
     /// Appends tokens and runs all but the last chunk of what is not in the cache yet; returns how
@@ -290,7 +317,8 @@ impl Session {
             }
             let start = self.decoder.length();
             let chunk = &self.tokens[start..start + self.shape.chunk];
-            self.decoder.forward(chunk, Output::Nothing)?;
+            let phase = self.phase();
+            self.decoder.forward(chunk, phase, Output::Nothing)?;
             // One chunk at a time is on its way: work that is queued cannot be cancelled.
             self.decoder.wait()?;
         }
@@ -299,15 +327,15 @@ impl Session {
 
     /// Runs what is not in the cache yet and chooses the next token.
     fn next_token(&mut self, step: &SampleStep<'_>) -> Result<u32> {
-        let pending = &self.tokens[self.decoder.length()..];
+        let (pending, phase) = (&self.tokens[self.decoder.length()..], self.phase());
         let every_token_is_a_candidate = step.top_k == 0;
         let on_device = step.is_greedy()
             || (!every_token_is_a_candidate && step.top_k <= self.model.engine().max_top_k());
         if on_device {
-            self.decoder.forward(pending, Output::Sample(step))?;
+            self.decoder.forward(pending, phase, Output::Sample(step))?;
             self.decoder.token()
         } else {
-            self.decoder.forward(pending, Output::LastLogits)?;
+            self.decoder.forward(pending, phase, Output::LastLogits)?;
             let mut logits = self.decoder.logits()?;
             step.choose(&mut logits).ok_or_else(not_finite)
         }
@@ -342,29 +370,30 @@ fn not_finite() -> Error {
 }
 
 impl Model {
-    /// Logits after every token of `ids`: `sink` gets them in order, some rows of `[vocabulary]`
-    /// at a time.
+    /// Logits after every token of `ids`, run as one prompt: `sink` gets them in order, some rows of
+    /// `[vocabulary]` at a time.
     ///
     /// # Errors
     /// As [`Session::generate`], and whatever `sink` returns.
     pub fn logits(
         &self,
         ids: &[u32],
-        cache: CacheFormat,
+        policy: &AttentionPolicy,
         cancel: &Cancel,
         mut sink: impl FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
         let limit = self.config().context;
         check_fits(ids.len(), limit, limit)?;
         let (context, chunk) = (ids.len().max(1), LOGITS_CHUNK);
-        let shape = SessionShape { context, chunk, logit_rows: chunk, cache };
+        let shape = SessionShape { context, chunk, logit_rows: chunk, policy: *policy };
         let mut session = Session::with_shape(self, shape)?;
         session.append(ids)?;
         for chunk in ids.chunks(LOGITS_CHUNK) {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            session.decoder.forward(chunk, Output::AllLogits)?;
+            let phase = session.phase();
+            session.decoder.forward(chunk, phase, Output::AllLogits)?;
             sink(&finite(session.decoder.logits()?)?)?;
         }
         Ok(())

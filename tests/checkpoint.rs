@@ -9,6 +9,7 @@ use common::{fixture, logits};
 use deltallm::backend::CacheFormat;
 use deltallm::checkpoint::synthetic::Synthetic;
 use deltallm::checkpoint::{Checkpoint, FloatType, Ternary};
+use deltallm::delta::AttentionPolicy;
 use deltallm::model::{WeightFormat, plan_memory};
 use deltallm::{DeviceChoice, Model, ModelOptions, Session, SessionOptions};
 use safetensors::SafeTensors;
@@ -446,11 +447,12 @@ fn the_planned_memory_is_what_a_session_holds() {
         {
             let model = Model::open(dir.path(), &ModelOptions { weights, ..options.clone() });
             let model = model.expect("opened");
-            let session_options = SessionOptions { context: Some(1024), cache };
+            let attention = AttentionPolicy::plain(cache);
+            let session_options = SessionOptions { context: Some(1024), attention };
             let held = Session::new(&model, &session_options).expect("session").memory();
-            let plan = plan_memory(model.config(), 2, weights, 1024, cache);
+            let plan = plan_memory(model.config(), 2, weights, 1024, &attention);
             let near = |held: u64, plan: u64| held.abs_diff(plan) * 20 <= plan;
-            assert_eq!(held.cache, plan.cache, "{device}");
+            assert_eq!((held.keys, held.values), (plan.keys, plan.values), "{device}");
             assert!(near(held.weights, plan.weights), "{device}: {held:?}, planned {plan:?}");
             assert!(
                 near(held.activations, plan.activations),

@@ -6,6 +6,7 @@ mod common;
 
 use common::{BITNETS, Golden, LENGTHS, LLAMAS, devices, distance, logits, open};
 use deltallm::backend::CacheFormat;
+use deltallm::delta::AttentionPolicy;
 use deltallm::{GenerateOptions, Session, SessionOptions};
 
 /// With a cache in f32, what is left is the order of summation.
@@ -75,8 +76,8 @@ fn greedy_text_equals_transformers() {
     for (device, options) in devices() {
         for name in LLAMAS.into_iter().chain(BITNETS) {
             let (model, golden) = (open(name, &options), Golden::read(name));
-            let cache = CacheFormat::F32;
-            let session_options = SessionOptions { context: Some(512), cache };
+            let attention = AttentionPolicy::plain(CacheFormat::F32);
+            let session_options = SessionOptions { context: Some(512), attention };
             let mut session = Session::new(&model, &session_options).expect("session");
             let options =
                 GenerateOptions { max_tokens: 32, ignore_eos: true, ..GenerateOptions::default() };

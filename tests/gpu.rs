@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use deltallm::Error;
 use deltallm::backend::{
-    AttentionShape, Backend, CacheFormat, Footprint, Operations, StreamShape, TensorFormat,
+    AttentionShape, Backend, CacheShape, Footprint, Operations, Step, StreamShape, TensorFormat,
 };
 use deltallm::checkpoint::{FloatType, MatrixSource};
+use deltallm::delta::{AttentionPolicy, Phase};
 use deltallm::gpu::{Gpu, GpuOptions, Select};
 use deltallm::reference::Reference;
 use deltallm::sampler::{Draws, SampleStep, TokenSet};
@@ -46,6 +47,15 @@ fn assert_near(got: &[f32], want: &[f32], tolerance: f32) {
     }
 }
 
+fn cache_shape(attention: AttentionShape, context: usize) -> CacheShape {
+    CacheShape { attention, context, rows: 4096.min(context), policy: AttentionPolicy::dense() }
+}
+
+/// Decoding `tokens` from `position` on.
+fn step_of(tokens: &[u32], position: usize) -> Step<'_> {
+    Step { tokens, position, phase: Phase::Decode }
+}
+
 /// Fills a cache with `keys` tokens, then attends from `rows` more.
 fn attend<B: Backend>(backend: &B, keys: usize, rows: usize) -> Vec<f32> {
     let chunk = 4096;
@@ -55,7 +65,7 @@ fn attend<B: Backend>(backend: &B, keys: usize, rows: usize) -> Vec<f32> {
     let mut stream = backend.stream(&shape).unwrap();
     let table = vec![[1.0, 0.0]; context * head_dim / 2];
     let rope = backend.rope(&table, head_dim).unwrap();
-    let mut cache = backend.cache(shape.attention, context, CacheFormat::F16).unwrap();
+    let mut cache = backend.cache(&cache_shape(shape.attention, context)).unwrap();
     let mut qkv = backend.tensor(shape.rows, width, TensorFormat::F32).unwrap();
     let mut out = backend.tensor(shape.rows, shape.attention.width(), TensorFormat::F32).unwrap();
     let mut position = 0;
@@ -63,7 +73,7 @@ fn attend<B: Backend>(backend: &B, keys: usize, rows: usize) -> Vec<f32> {
         let last = position >= keys;
         let count = if last { rows } else { chunk.min(keys - position) };
         backend.write(&mut qkv, &floats(position as u64, count * width)).unwrap();
-        stream.begin(&vec![0; count], position).unwrap();
+        stream.begin(&step_of(&vec![0; count], position)).unwrap();
         stream.rope_append(&mut qkv, &rope, &mut cache).unwrap();
         if last {
             stream.attention(&qkv, &cache, &mut out).unwrap();
@@ -100,7 +110,7 @@ fn product<B: Backend>(backend: &B, weight: &MatrixSource, rows: usize, ternary:
     };
     let mut y = backend.tensor(rows, out, TensorFormat::F32).unwrap();
     let mut stream = backend.stream(&stream_shape(rows, rows, 32)).unwrap();
-    stream.begin(&vec![0; rows], 0).unwrap();
+    stream.begin(&step_of(&vec![0; rows], 0)).unwrap();
     stream.linear(&x, &weight, &mut y).unwrap();
     // The input is not written twice.
     std::mem::swap(&mut x, &mut y);
@@ -135,7 +145,7 @@ fn sampled<B: Backend>(backend: &B, logits: &[f32], step: &SampleStep<'_>) -> Re
     let mut tensor = backend.tensor(2, logits.len() / 2, TensorFormat::F32)?;
     backend.write(&mut tensor, logits)?;
     let mut stream = backend.stream(&stream_shape(2, 2, logits.len() / 2))?;
-    stream.begin(&[0, 0], 0)?;
+    stream.begin(&step_of(&[0, 0], 0))?;
     stream.sample(&tensor, step)?;
     stream.submit()?;
     stream.token()
@@ -216,13 +226,13 @@ fn a_warm_stream_makes_nothing_anew() {
     let qkv_weight = gpu.linear(&[float_matrix(attention.qkv_width(), hidden, 2)]).unwrap();
     let norm = gpu.norm(&vec![1.0; hidden], 1e-5).unwrap();
     let rope = gpu.rope(&vec![[1.0, 0.0]; 64 * 8], 16).unwrap();
-    let mut cache = gpu.cache(attention, 64, CacheFormat::F16).unwrap();
+    let mut cache = gpu.cache(&cache_shape(attention, 64)).unwrap();
     let tensor = |width| gpu.tensor(8, width, TensorFormat::F32).unwrap();
     let (mut x, mut normed, mut heads) = (tensor(hidden), tensor(hidden), tensor(hidden));
     let (mut qkv, mut logits) = (tensor(attention.qkv_width()), tensor(vocabulary));
     let seen = TokenSet::new(vocabulary);
     let mut step = |tokens: &[u32], position, draw| {
-        stream.begin(tokens, position).unwrap();
+        stream.begin(&step_of(tokens, position)).unwrap();
         stream.embed(&table, &mut x).unwrap();
         let rows = 0..tokens.len();
         stream.norm(&x, rows, &norm, &mut normed).unwrap();
@@ -275,7 +285,7 @@ fn memory_is_counted_and_given_back() {
 fn a_buffer_over_the_limits_is_refused_with_figures() {
     let gpu = open(GpuOptions { floor_limits: true, ..any() });
     let shape = AttentionShape { heads: 8, kv_heads: 8, head_dim: 128 };
-    match gpu.cache(shape, 1 << 17, CacheFormat::F16) {
+    match gpu.cache(&cache_shape(shape, 1 << 17)) {
         Err(Error::DeviceLimit { needed, limit, .. }) => {
             assert_eq!((needed, limit), (1 << 28, 128 << 20));
         }
@@ -295,8 +305,8 @@ fn shapes_that_do_not_fit_are_errors() {
     let mut out = gpu.tensor(2, 8, TensorFormat::F32).unwrap();
     gpu.write(&mut x, &[0.0; 32]).unwrap();
     assert!(matches!(stream.linear(&x, &weight, &mut out), Err(Error::Device { .. })));
-    assert!(stream.begin(&[0; 5], 0).is_err());
-    assert!(stream.begin(&[0; 4], 5).is_err());
+    assert!(stream.begin(&step_of(&[0; 5], 0)).is_err());
+    assert!(stream.begin(&step_of(&[0; 4], 5)).is_err());
     assert!(stream.token().is_err());
     assert!(gpu.write(&mut x, &[0.0; 33]).is_err());
 }
@@ -310,7 +320,7 @@ fn a_lost_device_is_reported_as_lost() {
     gpu.lose();
     let read = stream.read(&x);
     assert!(matches!(read, Err(Error::DeviceLost { .. })), "{read:?}");
-    let again = stream.begin(&[0], 0);
+    let again = stream.begin(&step_of(&[0], 0));
     assert!(matches!(again, Err(Error::DeviceLost { .. })), "{again:?}");
     // Another device can be opened in its place.
     drop((x, stream, gpu));

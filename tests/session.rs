@@ -6,12 +6,14 @@ use std::fs;
 
 use common::{BITNETS, Golden, LLAMAS, devices, distance, fixture, logits, open};
 use deltallm::backend::CacheFormat;
+use deltallm::delta::AttentionPolicy;
 use deltallm::{
     Error, FinishReason, GenerateOptions, Model, ModelOptions, Sampling, Session, SessionOptions,
 };
 use serde_json::Value;
 
-const F32: SessionOptions = SessionOptions { context: Some(512), cache: CacheFormat::F32 };
+const F32: SessionOptions =
+    SessionOptions { context: Some(512), attention: AttentionPolicy::plain(CacheFormat::F32) };
 
 fn session(model: &Model) -> Session {
     Session::new(model, &F32).expect("session")
@@ -211,7 +213,10 @@ fn a_generation_stops_where_it_is_told() {
     let whole = ids(&mut session(&model), prompt, &greedy(32));
     for room in [0, 4] {
         let context = prompt.len() + room;
-        let small = SessionOptions { context: Some(context), cache: CacheFormat::F32 };
+        let small = SessionOptions {
+            context: Some(context),
+            attention: AttentionPolicy::plain(CacheFormat::F32),
+        };
         let mut small = Session::new(&model, &small).expect("session");
         let (_, finish) = run(&mut small, &greedy(32));
         assert_eq!(finish, FinishReason::ContextFull);
@@ -290,7 +295,10 @@ fn a_context_beyond_all_memory_is_an_error() {
     vast.write(dir.path()).expect("written");
     for (device, options) in devices() {
         let model = Model::open(dir.path(), &options).expect("opened");
-        let all = SessionOptions { context: Some(1 << 31), cache: CacheFormat::F32 };
+        let all = SessionOptions {
+            context: Some(1 << 31),
+            attention: AttentionPolicy::plain(CacheFormat::F32),
+        };
         let error = Session::new(&model, &all).expect_err("too long");
         let expected = matches!(error, Error::DeviceMemory { .. } | Error::DeviceLimit { .. });
         assert!(expected, "{device}: {error}");
@@ -304,10 +312,16 @@ fn what_cannot_be_run_is_refused_and_changes_nothing() {
         let limit = model.config().context;
         let vocabulary = model.config().vocabulary as u32;
         for context in [0, limit + 1] {
-            let options = SessionOptions { context: Some(context), cache: CacheFormat::F16 };
+            let options = SessionOptions {
+                context: Some(context),
+                attention: AttentionPolicy::plain(CacheFormat::F16),
+            };
             assert!(matches!(Session::new(&model, &options), Err(Error::Parameter { .. })));
         }
-        let small = SessionOptions { context: Some(8), cache: CacheFormat::F16 };
+        let small = SessionOptions {
+            context: Some(8),
+            attention: AttentionPolicy::plain(CacheFormat::F16),
+        };
         let mut session = Session::new(&model, &small).expect("session");
         session.evaluate(&[1, 2, 3]).expect("prompt");
         let error = session.evaluate(&[1; 6]).expect_err("too long");

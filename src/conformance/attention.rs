@@ -6,7 +6,10 @@
 //! cache holds exactly: what differs then is attention alone.
 
 use super::{Check, FLUSHED, Inputs, U, compare};
-use crate::backend::{AttentionShape, Backend, CacheFormat, Operations, StreamShape, TensorFormat};
+use crate::backend::{
+    AttentionShape, Backend, CacheFormat, CacheShape, Operations, Step, StreamShape, TensorFormat,
+};
+use crate::delta::{AttentionPolicy, Phase};
 use crate::error::Result;
 use crate::reference::Reference;
 
@@ -45,7 +48,9 @@ impl Case {
         let stream_shape = StreamShape { rows, context, attention: self.shape, vocabulary: 32 };
         let mut stream = backend.stream(&stream_shape)?;
         let rope = backend.rope(&self.table, self.shape.head_dim)?;
-        let mut cache = backend.cache(self.shape, context, self.format)?;
+        let policy = AttentionPolicy::plain(self.format);
+        let mut cache =
+            backend.cache(&CacheShape { attention: self.shape, context, rows, policy })?;
         let mut qkv = backend.tensor(rows, self.shape.qkv_width(), TensorFormat::F32)?;
         let mut out = backend.tensor(rows, width, TensorFormat::F32)?;
         let mut output = Output::default();
@@ -55,7 +60,8 @@ impl Case {
             let (chunk, tail) = rest.split_at(rows * self.shape.qkv_width());
             rest = tail;
             backend.write(&mut qkv, chunk)?;
-            stream.begin(&vec![0; rows], position)?;
+            let tokens = vec![0; rows];
+            stream.begin(&Step { tokens: &tokens, position, phase: Phase::Decode })?;
             stream.rope_append(&mut qkv, &rope, &mut cache)?;
             if attend {
                 stream.attention(&qkv, &cache, &mut out)?;

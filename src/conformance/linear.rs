@@ -3,8 +3,9 @@
 use half::{bf16, f16};
 
 use super::{Check, FLUSHED, Inputs, U, compare, step};
-use crate::backend::{Backend, Operations, TensorFormat};
+use crate::backend::{Backend, Operations, Step, TensorFormat};
 use crate::checkpoint::{FloatType, MatrixSource};
+use crate::delta::Phase;
 use crate::error::Result;
 use crate::reference::Reference;
 
@@ -112,7 +113,7 @@ pub(super) fn embed<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         let weight = backend.linear(std::slice::from_ref(table))?;
         let mut out = backend.tensor(tokens.len() + 1, table.cols(), TensorFormat::F32)?;
         let mut stream = step(backend, tokens.len(), table.rows())?;
-        stream.begin(tokens, 0)?;
+        stream.begin(&Step { tokens, position: 0, phase: Phase::Decode })?;
         stream.embed(&weight, &mut out)?;
         stream.submit()?;
         stream.read(&out)

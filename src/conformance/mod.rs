@@ -19,7 +19,8 @@ mod sample;
 
 use half::f16;
 
-use crate::backend::{AttentionShape, Backend, Operations, StreamShape};
+use crate::backend::{AttentionShape, Backend, Operations, Step, StreamShape};
+use crate::delta::Phase;
 use crate::error::Result;
 use crate::sampler::Draws;
 
@@ -136,7 +137,8 @@ fn step<B: Backend>(backend: &B, rows: usize, vocabulary: usize) -> Result<B::St
     let attention = AttentionShape { heads: 2, kv_heads: 1, head_dim: 32 };
     let shape = StreamShape { rows: rows.max(1), context: rows.max(1), attention, vocabulary };
     let mut stream = backend.stream(&shape)?;
-    stream.begin(&vec![0; rows], 0)?;
+    let tokens = vec![0; rows];
+    stream.begin(&Step { tokens: &tokens, position: 0, phase: Phase::Decode })?;
     Ok(stream)
 }
 

@@ -33,8 +33,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use half::f16;
 
 use crate::backend::{
-    AttentionShape, Backend, CacheFormat, DeviceInfo, DeviceKind, Footprint, MatrixFormat,
-    Q8_BLOCK, StreamShape, TensorFormat,
+    Backend, CacheShape, DeviceInfo, DeviceKind, Footprint, MatrixFormat, Q8_BLOCK, StreamShape,
+    TensorFormat,
 };
 use crate::checkpoint::{Bytes, MatrixSource};
 use crate::error::{Error, Result};
@@ -274,8 +274,8 @@ impl Backend for Cpu {
         Ok(Tensor::new(rows, width, format))
     }
 
-    fn cache(&self, shape: AttentionShape, context: usize, format: CacheFormat) -> Result<Cache> {
-        Ok(Cache::new(shape, context, format))
+    fn cache(&self, shape: &CacheShape) -> Result<Cache> {
+        Ok(Cache::new(shape.attention, shape.context, shape.policy.exact))
     }
 
     fn stream(&self, shape: &StreamShape) -> Result<Stream> {

@@ -8,7 +8,8 @@ use super::{
     Cache, Cpu, Linear, Machine, Norm, Rope, Scratch, Tensor, attention, embed, gate, linear_float,
     linear_ternary, norm, rope_append, sample,
 };
-use crate::backend::{Activation, Footprint, MatrixFormat, Operations, StreamShape};
+use crate::backend::{Activation, Footprint, MatrixFormat, Operations, Step, StreamShape};
+use crate::delta::{CacheImage, Page};
 use crate::error::{Error, Result};
 use crate::sampler::SampleStep;
 
@@ -58,10 +59,10 @@ impl Footprint for Stream {
 }
 
 impl Operations<Cpu> for Stream {
-    fn begin(&mut self, tokens: &[u32], position: usize) -> Result<()> {
+    fn begin(&mut self, step: &Step<'_>) -> Result<()> {
         self.tokens.clear();
-        self.tokens.extend_from_slice(tokens);
-        self.position = position;
+        self.tokens.extend_from_slice(step.tokens);
+        self.position = step.position;
         Ok(())
     }
 
@@ -95,6 +96,26 @@ impl Operations<Cpu> for Stream {
     fn rope_append(&mut self, qkv: &mut Tensor, rope: &Rope, cache: &mut Cache) -> Result<()> {
         rope_append::rope_append(&self.machine, self.position, qkv, rope, cache);
         Ok(())
+    }
+
+    fn encode_keys(&mut self, _cache: &mut Cache) -> Result<()> {
+        Ok(())
+    }
+
+    fn truncate(&mut self, _cache: &mut Cache, _length: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn pages(&mut self, _cache: &Cache) -> Result<Vec<Vec<Page>>> {
+        Ok(Vec::new())
+    }
+
+    fn save(&mut self, _cache: &Cache, _exact_from: usize) -> Result<CacheImage> {
+        Err(Error::EmptyPrompt)
+    }
+
+    fn restore(&mut self, _cache: &mut Cache, _image: &CacheImage) -> Result<()> {
+        Err(Error::EmptyPrompt)
     }
 
     fn attention(&mut self, qkv: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {

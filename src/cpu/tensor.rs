@@ -5,7 +5,9 @@ use std::ops::{Deref, DerefMut};
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::backend::{AttentionShape, CacheFormat, Footprint, TensorFormat};
+use crate::backend::{
+    AttentionShape, CacheBytes, CacheFormat, Footprint, KeyValueCache, TensorFormat,
+};
 
 /// A cache line, and the widest vector.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -220,8 +222,8 @@ impl Cache {
     }
 }
 
-impl Footprint for Cache {
-    fn bytes(&self) -> u64 {
-        self.keys.bytes() + self.values.bytes()
+impl KeyValueCache for Cache {
+    fn held(&self) -> CacheBytes {
+        CacheBytes { keys: self.keys.bytes(), values: self.values.bytes() }
     }
 }

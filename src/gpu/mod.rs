@@ -37,9 +37,7 @@ pub use shader::{ShaderSource, shader_sources};
 pub use stream::Stream;
 pub use tensor::{Cache, Norm, Rope, Tensor};
 
-use crate::backend::{
-    AttentionShape, Backend, CacheFormat, DeviceInfo, Footprint, StreamShape, TensorFormat,
-};
+use crate::backend::{Backend, CacheShape, DeviceInfo, Footprint, StreamShape, TensorFormat};
 use crate::checkpoint::MatrixSource;
 use crate::error::Result;
 use tensor::{RowScale, padded};
@@ -113,8 +111,8 @@ impl Backend for Gpu {
         Tensor::new(&self.device, rows, width, format)
     }
 
-    fn cache(&self, shape: AttentionShape, context: usize, format: CacheFormat) -> Result<Cache> {
-        Cache::new(&self.device, shape, context, format)
+    fn cache(&self, shape: &CacheShape) -> Result<Cache> {
+        Cache::new(&self.device, shape.attention, shape.context, shape.policy.exact)
     }
 
     fn stream(&self, shape: &StreamShape) -> Result<Stream> {

@@ -10,22 +10,24 @@ use super::linear::Linear;
 use super::recorder::{Counters, Recorder};
 use super::tensor::{Cache, Norm, Rope, RowScale, Tensor};
 use super::{attention, sample};
-use crate::backend::{Activation, Footprint, Operations, StreamShape, TensorFormat};
+use crate::backend::{Activation, Footprint, Operations, Step, StreamShape, TensorFormat};
+use crate::delta::{CacheImage, Page, Phase};
 use crate::error::{Error, Result};
 use crate::sampler::SampleStep;
 
 /// The tokens that the current step is over.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Step {
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Current {
     pub position: usize,
     pub tokens: usize,
+    pub phase: Phase,
 }
 
 /// Records a session's operations and reads their results.
 pub struct Stream {
     pub(super) device: Arc<Device>,
     pub(super) shape: StreamShape,
-    pub(super) step: Step,
+    pub(super) step: Current,
     pub(super) recorder: Recorder,
     /// Ids of the step's tokens, `[rows]` u32.
     pub(super) tokens: Buffer,
@@ -39,7 +41,7 @@ impl Stream {
     pub(super) fn new(device: Arc<Device>, shape: &StreamShape) -> Result<Self> {
         Ok(Self {
             shape: *shape,
-            step: Step::default(),
+            step: Current { position: 0, tokens: 0, phase: Phase::Decode },
             recorder: Recorder::new(Arc::clone(&device))?,
             tokens: device.storage("the tokens of a step", shape.rows as u64 * 4)?,
             attention: attention::Scratch::new(&device, shape)?,
@@ -95,7 +97,8 @@ impl Footprint for Stream {
 }
 
 impl Operations<Gpu> for Stream {
-    fn begin(&mut self, tokens: &[u32], position: usize) -> Result<()> {
+    fn begin(&mut self, step: &Step<'_>) -> Result<()> {
+        let Step { tokens, position, phase } = *step;
         let fits = (1..=self.shape.rows).contains(&tokens.len())
             && position + tokens.len() <= self.shape.context;
         self.expect("begin", fits, || {
@@ -106,7 +109,7 @@ impl Operations<Gpu> for Stream {
         // What is recorded belongs to earlier tokens, and writes come before what is recorded.
         self.recorder.submit()?;
         self.device.write(&self.tokens, 0, bytemuck::cast_slice(tokens))?;
-        self.step = Step { position, tokens: tokens.len() };
+        self.step = Current { position, tokens: tokens.len(), phase };
         Ok(())
     }
 
@@ -134,6 +137,26 @@ impl Operations<Gpu> for Stream {
 
     fn rope_append(&mut self, qkv: &mut Tensor, rope: &Rope, cache: &mut Cache) -> Result<()> {
         self.rope_rows(qkv, rope, cache)
+    }
+
+    fn encode_keys(&mut self, _cache: &mut Cache) -> Result<()> {
+        Ok(())
+    }
+
+    fn truncate(&mut self, _cache: &mut Cache, _length: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn pages(&mut self, _cache: &Cache) -> Result<Vec<Vec<Page>>> {
+        Ok(Vec::new())
+    }
+
+    fn save(&mut self, _cache: &Cache, _exact_from: usize) -> Result<CacheImage> {
+        Err(Error::EmptyPrompt)
+    }
+
+    fn restore(&mut self, _cache: &mut Cache, _image: &CacheImage) -> Result<()> {
+        Err(Error::EmptyPrompt)
     }
 
     fn attention(&mut self, qkv: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {

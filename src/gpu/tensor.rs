@@ -2,7 +2,9 @@
 
 use super::buffer::Buffer;
 use super::device::Device;
-use crate::backend::{AttentionShape, CacheFormat, Footprint, TensorFormat};
+use crate::backend::{
+    AttentionShape, CacheBytes, CacheFormat, Footprint, KeyValueCache, TensorFormat,
+};
 use crate::error::Result;
 
 /// Elements that a row is padded to a multiple of: 16 bytes of int8.
@@ -131,8 +133,8 @@ impl Cache {
     }
 }
 
-impl Footprint for Cache {
-    fn bytes(&self) -> u64 {
-        self.keys.size() + self.values.size()
+impl KeyValueCache for Cache {
+    fn held(&self) -> CacheBytes {
+        CacheBytes { keys: self.keys.size(), values: self.values.size() }
     }
 }

@@ -1,16 +1,19 @@
 //! What a model and a context take, counted before anything is allocated.
 
 use super::{PREFILL_CHUNK, WeightFormat};
-use crate::backend::{CacheFormat, Q8_BLOCK};
+use crate::backend::Q8_BLOCK;
 use crate::checkpoint::ModelConfig;
+use crate::delta::AttentionPolicy;
 
 /// Bytes held on a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct MemoryUse {
     /// Weights, shared by all sessions of the model.
     pub weights: u64,
-    /// Keys and values of the session's context.
-    pub cache: u64,
+    /// Keys of the session, compressed and original.
+    pub keys: u64,
+    /// Values of the session.
+    pub values: u64,
     /// Intermediate results of a step, and tables.
     pub activations: u64,
     /// What the device's operations need beside their inputs and outputs.
@@ -20,24 +23,26 @@ pub struct MemoryUse {
 impl MemoryUse {
     /// All of it.
     pub fn total(&self) -> u64 {
-        let parts = [self.weights, self.cache, self.activations, self.scratch];
+        let parts = [self.weights, self.keys, self.values, self.activations, self.scratch];
         parts.into_iter().fold(0, u64::saturating_add)
     }
 }
 
-/// What a model needs on a device for `context` tokens, without padding and scratch memory, which
-/// differ between backends: a few per cent, and some megabytes.
+/// What a model needs on a device for a text of `context` tokens, without padding and scratch
+/// memory, which differ between backends: a few per cent, and some megabytes.
+///
+/// How many deltas will be kept is not known before: delta keys count as if all were.
 pub fn plan_memory(
     config: &ModelConfig,
     stored_bytes_per_float: usize,
     weights: WeightFormat,
     context: usize,
-    cache: CacheFormat,
+    policy: &AttentionPolicy,
 ) -> MemoryUse {
     // Sizes of a made-up or damaged configuration may be far beyond 64 bits.
     let wide = |n: usize| n as u128;
     let (hidden, intermediate) = (wide(config.hidden), wide(config.intermediate));
-    let (layers, vocabulary, context) =
+    let (layers, vocabulary, length) =
         (wide(config.layers), wide(config.vocabulary), wide(context));
     let attention = &config.attention;
     let (q, kv) = (wide(attention.width()), wide(attention.kv_width()));
@@ -58,12 +63,14 @@ pub fn plan_memory(
 
     let projected = if config.ternary.is_some() { 1 } else { 4 };
     let row = 4 * (hidden + qkv + q + 2 * intermediate) + projected * (hidden + intermediate);
-    let chunk = wide(PREFILL_CHUNK).min(context);
-    let rope = context * wide(attention.head_dim) * 4;
+    let chunk = wide(PREFILL_CHUNK).min(length);
+    let rope = length * wide(attention.head_dim) * 4;
+    let heads = layers * wide(attention.kv_heads);
     let bytes = |n: u128| u64::try_from(n).unwrap_or(u64::MAX);
     MemoryUse {
         weights: bytes(layers * layer + tables * float(vocabulary * hidden) + 4 * hidden),
-        cache: bytes(layers * context * 2 * kv * wide(cache.bytes())),
+        keys: bytes(heads * policy.most_key_bytes(context, PREFILL_CHUNK, attention.head_dim)),
+        values: bytes(heads * policy.value_bytes(context, attention.head_dim)),
         activations: bytes(chunk * row + 4 * (hidden + vocabulary) + rope),
         scratch: 0,
     }

@@ -17,9 +17,10 @@ use std::time::{Duration, Instant};
 pub use device::DeviceChoice;
 pub use memory::{MemoryUse, plan_memory};
 
-use crate::backend::{Backend, CacheFormat, DeviceInfo};
+use crate::backend::{Backend, DeviceInfo};
 use crate::checkpoint::{Checkpoint, ModelConfig};
 use crate::cpu::Cpu;
+use crate::delta::{AttentionPolicy, CacheImage, Page, Phase};
 use crate::error::{Error, Result};
 use crate::gpu::GpuOptions;
 use crate::reference::Reference;
@@ -209,13 +210,13 @@ pub(crate) struct SessionShape {
     pub chunk: usize,
     /// Tokens of a step whose logits can be wanted.
     pub logit_rows: usize,
-    /// Format of keys and values.
-    pub cache: CacheFormat,
+    /// How keys and values are kept.
+    pub policy: AttentionPolicy,
 }
 
 impl SessionShape {
-    pub(crate) fn new(context: usize, cache: CacheFormat) -> Self {
-        Self { context, chunk: PREFILL_CHUNK.min(context), logit_rows: 1, cache }
+    pub(crate) fn new(context: usize, policy: AttentionPolicy) -> Self {
+        Self { context, chunk: PREFILL_CHUNK.min(context), logit_rows: 1, policy }
     }
 }
 
@@ -234,8 +235,25 @@ pub(crate) trait Decoder: Send {
     fn length(&self) -> usize;
     /// Cuts the cache back to at most its first `length` tokens.
     fn truncate(&mut self, length: usize);
+    /// Whether the original keys that the next token of a phase sees are all still there: those of
+    /// a compressed cache are overwritten in time, and a text cut far back has to be run again.
+    fn can_continue(&self, phase: Phase) -> bool;
     /// Appends `tokens`: at least one, at most a chunk, all in the vocabulary, within the context.
-    fn forward(&mut self, tokens: &[u32], output: Output<'_>) -> Result<()>;
+    fn forward(&mut self, tokens: &[u32], phase: Phase, output: Output<'_>) -> Result<()>;
+    /// The same without any output; `probe` gets each layer's index and its queries, keys and
+    /// values, `[T, (H + 2 G) D]`, of which the queries are rotated.
+    fn probe(
+        &mut self,
+        tokens: &[u32],
+        phase: Phase,
+        probe: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<()>;
+    /// The compressed pages of each layer, `[layers][G][pages]`.
+    fn pages(&mut self) -> Result<Vec<Vec<Vec<Page>>>>;
+    /// All that is in the cache of a layer.
+    fn save(&mut self, layer: usize) -> Result<CacheImage>;
+    /// Puts into an empty cache what [`Decoder::save`] has read of each layer.
+    fn restore(&mut self, images: &[CacheImage]) -> Result<()>;
     /// Waits until the device has done all steps.
     fn wait(&mut self) -> Result<()>;
     /// Waits for the token of the last [`Output::Sample`].

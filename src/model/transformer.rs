@@ -5,9 +5,11 @@ use std::sync::Arc;
 
 use super::{Decoder, LoadProgress, MemoryUse, Output, SessionShape, WeightFormat};
 use crate::backend::{
-    Backend, DeviceInfo, DeviceKind, Footprint, MatrixFormat, Operations, StreamShape, TensorFormat,
+    Backend, CacheShape, DeviceInfo, DeviceKind, Footprint, KeyValueCache, MatrixFormat,
+    Operations, Step, StreamShape, TensorFormat,
 };
 use crate::checkpoint::{Checkpoint, MatrixSource, ModelConfig, Tensors};
+use crate::delta::{CacheImage, Page, Phase};
 use crate::error::{Error, Result};
 
 /// A decoder-only transformer whose weights lie on a device.
@@ -57,8 +59,16 @@ pub(crate) struct Run<B: Backend> {
     rope: B::Rope,
     /// Tokens in the caches.
     length: usize,
+    /// Where keys are compressed: the first position beyond the sink whose original key has not
+    /// been overwritten.
+    exact_from: usize,
+    /// Whether the caches hold more than `length` tokens still.
+    cut: bool,
     shape: SessionShape,
 }
+
+/// What [`Decoder::probe`] gives a layer's queries, keys and values to.
+type Probe<'a> = &'a mut dyn FnMut(usize, &[f32]) -> Result<()>;
 
 /// The intermediate results of a step over `T` tokens, overwritten layer by layer.
 struct Activations<B: Backend> {
@@ -85,18 +95,29 @@ impl<B: Backend> Transformer<B> {
     ///
     /// Everything is recorded, nothing waited for. Logits are made of the last token for
     /// [`Output::Sample`] and [`Output::LastLogits`], of every token for [`Output::AllLogits`].
-    fn forward(&self, run: &mut Run<B>, tokens: &[u32], output: Output<'_>) -> Result<()> {
+    fn forward(
+        &self,
+        run: &mut Run<B>,
+        tokens: &[u32],
+        phase: Phase,
+        output: Output<'_>,
+        mut probe: Option<Probe<'_>>,
+    ) -> Result<()> {
         let Run { stream, activations: a, caches, rope, length, .. } = run;
         let t = tokens.len();
 
-        stream.begin(tokens, *length)?;
+        stream.begin(&Step { tokens, position: *length, phase })?;
         stream.embed(&self.embedding, &mut a.hidden)?;
-        for (layer, cache) in self.layers.iter().zip(caches) {
+        for (index, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
             // hidden += W_o attention(norm(hidden))
             stream.norm(&a.hidden, 0..t, &layer.input_norm, &mut a.normed)?;
             stream.linear(&a.normed, &layer.qkv, &mut a.qkv)?;
             stream.rope_append(&mut a.qkv, rope, cache)?;
+            stream.encode_keys(cache)?;
             stream.attention(&a.qkv, cache, &mut a.attended)?;
+            if let Some(probe) = &mut probe {
+                probe(index, &stream.read(&a.qkv)?)?;
+            }
             if let Some(sub_norm) = &layer.attn_sub_norm {
                 stream.norm(&a.attended, 0..t, sub_norm, &mut a.normed)?;
                 stream.linear_add(&a.normed, &layer.output, &mut a.hidden)?;
@@ -124,7 +145,7 @@ impl<B: Backend> Transformer<B> {
             stream.sample(&a.logits, step)?;
         }
         stream.submit()?;
-        *length += t;
+        run.advance(t);
         Ok(())
     }
 
@@ -231,10 +252,11 @@ impl<B: Backend> super::Engine for Transformer<B> {
                 4,
                 WeightFormat::Stored,
                 shape.context,
-                shape.cache,
+                &shape.policy,
             );
             let what = format!("a context of {} tokens", shape.context);
-            let needed = plan.cache.saturating_add(plan.activations);
+            let cache = plan.keys.saturating_add(plan.values);
+            let needed = cache.saturating_add(plan.activations);
             check_host_memory(self.backend.device(), what, needed, self.weight_bytes())?;
         }
         let stream = self.backend.stream(&StreamShape {
@@ -244,12 +266,50 @@ impl<B: Backend> super::Engine for Transformer<B> {
             vocabulary,
         })?;
         let activations = self.activations(&shape)?;
-        let caches = (0..layers)
-            .map(|_| self.backend.cache(attention, shape.context, shape.cache))
-            .collect::<Result<Vec<_>>>()?;
+        let cache = CacheShape {
+            attention,
+            context: shape.context,
+            rows: shape.chunk,
+            policy: shape.policy,
+        };
+        let caches = (0..layers).map(|_| self.backend.cache(&cache)).collect::<Result<Vec<_>>>()?;
         let head_dim = attention.head_dim;
         let rope = self.backend.rope(&self.config.rope.table(shape.context, head_dim), head_dim)?;
-        Ok(Box::new(Run { model: self, stream, activations, caches, rope, length: 0, shape }))
+        let (length, exact_from, cut) = (0, 0, false);
+        Ok(Box::new(Run {
+            model: self,
+            stream,
+            activations,
+            caches,
+            rope,
+            length,
+            exact_from,
+            cut,
+            shape,
+        }))
+    }
+}
+
+impl<B: Backend> Run<B> {
+    /// Cuts the caches back, if that is still to be done.
+    fn settle(&mut self) -> Result<()> {
+        if self.cut {
+            for cache in &mut self.caches {
+                self.stream.truncate(cache, self.length)?;
+            }
+            self.cut = false;
+        }
+        Ok(())
+    }
+
+    /// Counts tokens that were appended.
+    fn advance(&mut self, tokens: usize) {
+        self.length += tokens;
+        let policy = &self.shape.policy;
+        if !policy.is_dense() {
+            let slots = policy.recent_slots(self.shape.context, self.shape.chunk);
+            self.exact_from = self.exact_from.max(self.length.saturating_sub(slots));
+        }
     }
 }
 
@@ -259,14 +319,51 @@ impl<B: Backend> Decoder for Run<B> {
     }
 
     fn truncate(&mut self, length: usize) {
-        // A dense cache overwrites what lies behind its length.
-        self.length = self.length.min(length);
+        if length < self.length {
+            (self.length, self.cut) = (length, true);
+        }
+        if length == 0 {
+            self.exact_from = 0;
+        }
     }
 
-    fn forward(&mut self, tokens: &[u32], output: Output<'_>) -> Result<()> {
+    fn can_continue(&self, phase: Phase) -> bool {
+        // The page that is being filled will be encoded from its original keys, and lies in every
+        // window.
+        self.shape.policy.rule(phase).start(self.length) >= self.exact_from
+    }
+
+    fn forward(&mut self, tokens: &[u32], phase: Phase, output: Output<'_>) -> Result<()> {
         debug_assert!(!tokens.is_empty() && tokens.len() <= self.shape.chunk);
+        self.settle()?;
         let model = self.model.clone();
-        model.forward(self, tokens, output)
+        model.forward(self, tokens, phase, output, None)
+    }
+
+    fn probe(&mut self, tokens: &[u32], phase: Phase, probe: Probe<'_>) -> Result<()> {
+        self.settle()?;
+        let model = self.model.clone();
+        model.forward(self, tokens, phase, Output::Nothing, Some(probe))
+    }
+
+    fn pages(&mut self) -> Result<Vec<Vec<Vec<Page>>>> {
+        self.settle()?;
+        self.caches.iter().map(|cache| self.stream.pages(cache)).collect()
+    }
+
+    fn save(&mut self, layer: usize) -> Result<CacheImage> {
+        self.settle()?;
+        self.stream.save(&self.caches[layer], self.exact_from)
+    }
+
+    fn restore(&mut self, images: &[CacheImage]) -> Result<()> {
+        debug_assert!(self.length == 0 && images.len() == self.caches.len());
+        self.settle()?;
+        for (cache, image) in self.caches.iter_mut().zip(images) {
+            self.stream.restore(cache, image)?;
+            (self.length, self.exact_from) = (image.length, image.exact_from);
+        }
+        Ok(())
     }
 
     fn wait(&mut self) -> Result<()> {
@@ -285,9 +382,11 @@ impl<B: Backend> Decoder for Run<B> {
         let a = &self.activations;
         let tensors =
             [&a.hidden, &a.normed, &a.qkv, &a.attended, &a.gate_up, &a.gated, &a.last, &a.logits];
+        let held = || self.caches.iter().map(KeyValueCache::held);
         MemoryUse {
             weights: self.model.weight_bytes(),
-            cache: self.caches.iter().map(Footprint::bytes).sum(),
+            keys: held().map(|held| held.keys).sum(),
+            values: held().map(|held| held.values).sum(),
             activations: tensors.iter().map(|t| t.bytes()).sum::<u64>() + self.rope.bytes(),
             scratch: self.stream.bytes(),
         }

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use deltallm::backend::CacheFormat;
+use deltallm::delta::AttentionPolicy;
 use deltallm::gpu::GpuOptions;
 use deltallm::{Cancel, DeviceChoice, Model, ModelOptions};
 use safetensors::SafeTensors;
@@ -92,7 +93,7 @@ impl Golden {
 pub fn logits(model: &Model, ids: &[u32], cache: CacheFormat) -> Vec<f32> {
     let mut all = Vec::new();
     model
-        .logits(ids, cache, &Cancel::default(), |rows| {
+        .logits(ids, &AttentionPolicy::plain(cache), &Cancel::default(), |rows| {
             all.extend_from_slice(rows);
             Ok(())
         })

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use deltallm::backend::CacheFormat;
 use deltallm::checkpoint::synthetic::Synthetic;
+use deltallm::delta::AttentionPolicy;
 use deltallm::model::WeightFormat;
 use deltallm::{Cancel, DeviceChoice, Error, Model, ModelOptions};
 
@@ -81,6 +82,11 @@ pub struct OpenModel {
 }
 
 impl ModelArgs {
+    /// How keys and values are kept.
+    pub fn policy(&self) -> Result<AttentionPolicy, Error> {
+        Ok(AttentionPolicy::plain(self.cache.into()))
+    }
+
     /// Opens the model with a progress bar, and says on standard error what the user did not ask
     /// for: made-up weights, or the CPU.
     pub fn open(&self, cancel: &Cancel) -> Result<OpenModel, Error> {

@@ -95,7 +95,7 @@ pub fn run(args: &Args) -> Outcome {
         let needed = ids.len().saturating_add(args.max_tokens);
         needed.max(DEFAULT_CONTEXT).min(model.config().context)
     });
-    let options = SessionOptions { context: Some(context), cache: args.model.cache.into() };
+    let options = SessionOptions { context: Some(context), attention: args.model.policy()? };
     let mut session = Session::new(model, &options)?;
     session.cancel_with(cancel);
 
@@ -143,7 +143,8 @@ pub fn run(args: &Args) -> Outcome {
             },
             "bytes": {
                 "weights": memory.weights,
-                "cache": memory.cache,
+                "keys": memory.keys,
+                "values": memory.values,
                 "activations": memory.activations,
                 "scratch": memory.scratch,
             },
@@ -245,7 +246,7 @@ fn report(
         "memory    {}: weights {}, cache {} for {context} tokens, activations {}, scratch {}",
         bytes(memory.total()),
         bytes(memory.weights),
-        bytes(memory.cache),
+        bytes(memory.keys + memory.values),
         bytes(memory.activations),
         bytes(memory.scratch)
     );

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use deltallm::checkpoint::{Checkpoint, ModelConfig, Ternary};
+use deltallm::delta::AttentionPolicy;
 use deltallm::model::plan_memory;
 use deltallm::{DEFAULT_CONTEXT, check_context};
 
@@ -63,11 +64,17 @@ pub fn run(args: &Args) -> Outcome {
 
     let embedding = checkpoint.tensors.get("model.embed_tokens.weight");
     let stored = embedding.map_or(2, |info| info.dtype.bitsize() / 8);
-    let plan = plan_memory(config, stored, args.weights.into(), context, args.cache.into());
+    let policy = AttentionPolicy::plain(args.cache.into());
+    let plan = plan_memory(config, stored, args.weights.into(), context, &policy);
     writeln!(out, "memory         {} for {context} tokens", bytes(plan.total()))?;
     writeln!(out, "  weights      {}", bytes(plan.weights))?;
-    let per_token = plan.cache / context.max(1) as u64;
-    writeln!(out, "  cache        {}, {} a token", bytes(plan.cache), bytes(per_token))?;
+    let per_token = (plan.keys + plan.values) / context.max(1) as u64;
+    writeln!(
+        out,
+        "  cache        {}, {} a token",
+        bytes(plan.keys + plan.values),
+        bytes(per_token)
+    )?;
     writeln!(out, "  activations  {}", bytes(plan.activations))?;
     Ok(())
 }

@@ -38,7 +38,7 @@ pub fn run(args: &Args) -> Outcome {
 
     let bar = token_bar(ids.len());
     partial.write(&header(&[ids.len(), vocabulary]))?;
-    model.logits(&ids, args.model.cache.into(), &cancel, |rows| {
+    model.logits(&ids, &args.model.policy()?, &cancel, |rows| {
         bar.inc((rows.len() / vocabulary) as u64);
         let bytes: Vec<u8> = rows.iter().flat_map(|x| x.to_le_bytes()).collect();
         partial.write(&bytes)

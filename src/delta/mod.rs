@@ -1,0 +1,39 @@
+//! The method, free of any backend: which keys are exact, how the others are stored, and what that
+//! costs in bytes and in error.
+//!
+//! Decoding a token reads every cached key and value once, so that memory traffic is what
+//! attention costs there. DeltaLLM (<https://arxiv.org/abs/2507.19608>) needs no training to make
+//! keys sparse: a key is stored as its difference from a reference, and of that difference only
+//! the channels beyond a threshold `theta`. Two kinds of keys carry the accuracy and stay as they
+//! are: the first ones, which all queries attend to (the *sink*), and the most recent (the
+//! *window*).
+//!
+//! | file | what |
+//! |---|---|
+//! | `policy` | [`AttentionPolicy`]: every choice in one value, printed whole |
+//! | `window` | [`ExactRule`]: which keys a query sees exactly |
+//! | `page` | [`PageLayout`], [`Page`]: the bits of a compressed page, the same on every device |
+//! | `encode` | [`encode_page`]: keys to a page, the exact arithmetic that devices repeat |
+//! | `image` | [`CacheImage`]: a layer's cache as bytes, to be saved and restored |
+//!
+//! # Pages
+//!
+//! Keys are compressed a *page* at a time: [`AttentionPolicy::page`] consecutive tokens of one
+//! layer and KV head. A page is encoded once, when its last key is there, from the original keys:
+//! decoding token by token and prefilling at once therefore give the same bits. It also means
+//! that a query sees the keys of its own page exactly, whatever the window: see [`ExactRule`].
+
+mod encode;
+mod image;
+mod page;
+mod policy;
+mod window;
+
+pub use encode::encode_page;
+pub use image::CacheImage;
+pub use page::{Page, PageLayout};
+pub use policy::{
+    AttentionPolicy, ChannelBits, DeltaFormat, DeltaKeys, KeyFormat, PrefillWindow, Reference,
+    Threshold, ValueFormat, WindowShape,
+};
+pub use window::{ExactRule, Phase, Window};
