@@ -14,6 +14,7 @@
 //! | `window` | [`ExactRule`]: which keys a query sees exactly |
 //! | `page` | [`PageLayout`], [`Page`]: the bits of a compressed page, the same on every device |
 //! | `encode` | [`encode_page`]: keys to a page, the exact arithmetic that devices repeat |
+//! | `values` | [`encode_value`], [`decode_value`]: values to bytes and back |
 //! | `image` | [`CacheImage`]: a layer's cache as bytes, to be saved and restored |
 //!
 //! # Pages
@@ -27,6 +28,7 @@ mod encode;
 mod image;
 mod page;
 mod policy;
+mod values;
 mod window;
 
 pub use encode::encode_page;
@@ -36,4 +38,5 @@ pub use policy::{
     AttentionPolicy, ChannelBits, DeltaFormat, DeltaKeys, KeyFormat, PrefillWindow, Reference,
     Threshold, ValueFormat, WindowShape,
 };
+pub use values::{decode_value, encode_value};
 pub use window::{ExactRule, Phase, Window};
