@@ -14,19 +14,11 @@ const PER_WORD = 32u / BITS;
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(3) var<storage, read_write> pages: array<u32>;
 
-// [channel] or [token]: (scale, its inverse, minimum)
-var<workgroup> scales: array<vec3<f32>, 256>;
+// [channel] or [token]: (scale, minimum)
+var<workgroup> scales: array<vec2<f32>, 256>;
 
 fn key(kv_head: u32, position: u32, channel: u32) -> f32 {
     return key4(key_row(kv_head, position) * DIM4 + channel / 4u)[channel % 4u];
-}
-
-fn scale_of(scale: f32, minimum: f32) -> vec3<f32> {
-    var inverse = 0.0;
-    if (scale > 0.0) {
-        inverse = divide(1.0, scale);
-    }
-    return vec3<f32>(scale, inverse, minimum);
 }
 
 @compute @workgroup_size(WORKGROUP)
@@ -46,7 +38,7 @@ fn main(
                 let k = abs(key4(key_row(kv_head, first + token) * DIM4 + d));
                 largest = max(largest, max(max(k.x, k.y), max(k.z, k.w)));
             }
-            scales[token] = scale_of(nearest_f16(largest * (1.0 / 127.0)), 0.0);
+            scales[token] = vec2<f32>(nearest_f16(largest * (1.0 / 127.0)), 0.0);
         }
         workgroupBarrier();
         for (var i = lane; i < PAGE / 2u; i += WORKGROUP) {
@@ -65,7 +57,7 @@ fn main(
             }
             let minimum = nearest_f16(lowest);
             let scale = nearest_f16((highest - minimum) * (1.0 / top));
-            scales[c] = scale_of(scale, minimum);
+            scales[c] = vec2<f32>(scale, minimum);
             pages[header + SCALES + c] = pack2x16float(vec2<f32>(scale, minimum));
         }
         workgroupBarrier();
@@ -79,10 +71,10 @@ fn main(
             let k = key(kv_head, first + token, c + i);
             var level = 0;
             if (BITS == 8u) {
-                level = i32(clamp(round(k * scales[token].y), -127.0, 127.0));
+                level = i32(clamp(nearest_level(k, scales[token].x), -127.0, 127.0));
             } else {
                 let scale = scales[c + i];
-                level = i32(clamp(round((k - scale.z) * scale.y), 0.0, f32((1u << BITS) - 1u)));
+                level = i32(clamp(nearest_level(k - scale.y, scale.x), 0.0, f32((1u << BITS) - 1u)));
             }
             word = insertBits(word, bitcast<u32>(level), BITS * i, BITS);
         }

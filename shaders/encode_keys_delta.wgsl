@@ -31,7 +31,6 @@ const MEAN = 2u;
 // [channel]; the first two serve the deviation before.
 var<workgroup> reference: array<f32, HEAD_DIM>;
 var<workgroup> scale: array<f32, HEAD_DIM>;
-var<workgroup> inverse: array<f32, HEAD_DIM>;
 // [token][channel / 32]
 var<workgroup> mask: array<atomic<u32>, PAGE * MASK_WORDS>;
 // [token]: kept deltas before it; then their number.
@@ -54,7 +53,7 @@ fn round_delta(delta: f32, channel: u32) -> Rounded {
         return Rounded(pack2x16float(vec2<f32>(value, 0.0)) & 0xffffu, value);
     }
     let top = f32(LEVEL_MAX);
-    let level = clamp(round(delta * inverse[channel]), -top, top);
+    let level = clamp(nearest_level(delta, scale[channel]), -top, top);
     return Rounded(extractBits(bitcast<u32>(i32(level)), 0u, BITS), level * scale[channel]);
 }
 
@@ -133,10 +132,6 @@ fn find_reference(kv_head: u32, page: u32, channel: u32) {
     }
     s = nearest_f16(s);
     scale[channel] = s;
-    inverse[channel] = 0.0;
-    if (s > 0.0) {
-        inverse[channel] = divide(1.0, s);
-    }
 }
 
 // How many channels before this one are kept.

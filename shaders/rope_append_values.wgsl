@@ -45,17 +45,13 @@ fn main(lane: Lane, @builtin(workgroup_id) workgroup: vec3<u32>) {
         lowest = 0.0;
         highest = 15.0;
     }
-    var inverse = 0.0;
-    if (scale > 0.0) {
-        inverse = divide(1.0, scale);
-    }
 
     let words = (HEAD_DIM + PER_WORD - 1u) / PER_WORD;
     for (var w = lane.index; w < words; w += WORKGROUP) {
         var word = 0u;
         for (var i = 0u; i < min(PER_WORD, HEAD_DIM - w * PER_WORD); i++) {
             let v = qkv[start + w * PER_WORD + i];
-            let level = i32(clamp(round((v - minimum) * inverse), lowest, highest));
+            let level = i32(clamp(nearest_level(v - minimum, scale), lowest, highest));
             word = insertBits(word, bitcast<u32>(level), BITS * i, BITS);
         }
         values[row * ROW_WORDS + w] = word;

@@ -8,7 +8,7 @@ use super::cache::{Cache, PageKeys, PageKind, PageSegment};
 use super::device::Device;
 use super::recorder::Recorder;
 use super::shader::{
-    Binding, HALF, Kernel, PRECISE, Program, key_read, key_rows, page_constants, wgsl,
+    Binding, HALF, Kernel, LEVEL, PRECISE, Program, key_read, key_rows, page_constants, wgsl,
 };
 use super::stream::Stream;
 use crate::backend::CacheFormat;
@@ -43,7 +43,7 @@ pub(super) fn program(exact: CacheFormat, pages: PageKind, head_dim: u32) -> Pro
     use Binding::{Read, Write};
     let mut constants = page_constants(pages, head_dim);
     constants.push(("WORKGROUP", 128));
-    let mut parts = vec![HALF, PRECISE, key_rows(true), key_read(exact)];
+    let mut parts = vec![HALF, LEVEL, PRECISE, key_rows(true), key_read(exact)];
     let mut bindings = vec![(2, Read), (3, Write)];
     if matches!(pages.keys, PageKeys::Delta(..)) {
         parts.push(wgsl!("encode_keys_delta.wgsl"));

@@ -3,7 +3,7 @@
 
 use super::cache::{Cache, ValueStore};
 use super::shader::{
-    Abilities, Binding, HALF, Kernel, PRECISE, Program, key_rows, key_write, reduce, value_write,
+    Abilities, Binding, HALF, Kernel, LEVEL, Program, key_rows, key_write, reduce, value_write,
     wgsl,
 };
 use super::stream::Stream;
@@ -70,7 +70,7 @@ pub(super) fn values_program(values: ValueStore, head_dim: u32, abilities: Abili
             ("BITS", values.quantised().unwrap_or(8)),
             ("ROW_WORDS", row_words),
         ],
-        parts: vec![reduce(abilities), HALF, PRECISE, wgsl!("rope_append_values.wgsl")],
+        parts: vec![reduce(abilities), HALF, LEVEL, wgsl!("rope_append_values.wgsl")],
         bindings: vec![(1, Binding::Read), (4, Binding::Write)],
         f16: false,
     }

@@ -312,6 +312,9 @@ pub(super) fn finish(out: TensorFormat) -> &'static str {
 /// The snippet of numbers rounded to f16.
 pub(super) const HALF: &str = wgsl!("common/half.wgsl");
 
+/// The snippet of numbers as levels.
+pub(super) const LEVEL: &str = wgsl!("common/level.wgsl");
+
 /// The snippet that reads original keys.
 pub(super) fn key_read(format: CacheFormat) -> &'static str {
     match format {
