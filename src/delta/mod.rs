@@ -14,6 +14,8 @@
 //! | `window` | [`ExactRule`]: which keys a query sees exactly |
 //! | `page` | [`PageLayout`], [`Page`]: the bits of a compressed page, the same on every device |
 //! | `encode` | [`encode_page`]: keys to a page, the exact arithmetic that devices repeat |
+//! | `values` | [`encode_value`], [`decode_value`]: values to bytes and back |
+//! | `plain` | [`plain`]: the paper line by line in `f64`, which the pages are held against |
 //! | `image` | [`CacheImage`]: a layer's cache as bytes, to be saved and restored |
 //!
 //! # Pages
@@ -26,7 +28,9 @@
 mod encode;
 mod image;
 mod page;
+pub mod plain;
 mod policy;
+mod values;
 mod window;
 
 pub use encode::encode_page;
@@ -36,4 +40,5 @@ pub use policy::{
     AttentionPolicy, ChannelBits, DeltaFormat, DeltaKeys, KeyFormat, PrefillWindow, Reference,
     Threshold, ValueFormat, WindowShape,
 };
+pub use values::{decode_value, encode_value};
 pub use window::{ExactRule, Phase, Window};
