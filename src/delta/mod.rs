@@ -27,6 +27,7 @@
 
 mod encode;
 mod image;
+mod level;
 mod page;
 pub mod plain;
 mod policy;
