@@ -366,9 +366,11 @@ mod tests {
                 let all: Vec<f32> =
                     pages.iter().flat_map(|page| page.reconstruct(&layout)).collect();
                 // At once; and in parts that skip tokens and cross pages.
-                let (c, odd) =
-                    (tokens, [3..5, 5..6, tokens - 3..tokens + 2, 2 * tokens + 7..3 * tokens]);
-                for ranges in [&[0..3 * c][..], &odd[..]] {
+                let (whole, odd) = (
+                    0..3 * tokens,
+                    [3..5, 5..6, tokens - 3..tokens + 2, 2 * tokens + 7..3 * tokens],
+                );
+                for ranges in [std::slice::from_ref(&whole), &odd[..]] {
                     let want: Vec<f32> = ranges
                         .iter()
                         .flat_map(|r| &all[r.start * head_dim..r.end * head_dim])

@@ -147,16 +147,18 @@ impl Kernel for Quantise<'_> {
                 (127.0, -127.0, f16::ZERO, scale)
             }
         };
-        let inverse = if scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
+        // Correctly rounded, a quotient is halfway between two levels only where `v` is: a level and
+        // a half has few bits. Whatever is divided by infinity is level 0.
+        let divisor = if scale > f16::ZERO { scale.to_f32() } else { f32::INFINITY };
         let minimum_all = simd.splat(minimum.to_f32());
-        let (inverse, top, bottom) = (simd.splat(inverse), simd.splat(top), simd.splat(bottom));
+        let (divisor, top, bottom) = (simd.splat(divisor), simd.splat(top), simd.splat(bottom));
         let int4 = format == ValueFormat::Int4;
         let bytes = if int4 { head_dim.div_ceil(2) } else { head_dim };
         let (place, scales) = place.split_at_mut(bytes);
         for (block, place) in place.chunks_mut(if int4 { BLOCK / 2 } else { BLOCK }).enumerate() {
             let mut levels = [0; BLOCK];
             for i in 0..BLOCK / S::LANES {
-                let v = simd.mul(simd.sub(row.load(simd, block, i), minimum_all), inverse);
+                let v = simd.div(simd.sub(row.load(simd, block, i), minimum_all), divisor);
                 simd.store_i8(&mut levels, i, simd.min(top, simd.max(bottom, v)));
             }
             if int4 {
@@ -221,6 +223,11 @@ mod tests {
                             let row: Vec<f32> = (0..head_dim)
                                 .map(|_| scale * (draws.draw() - shift) + 0.0)
                                 .collect();
+                            // In f16, exact ties between levels are common.
+                            let row: Vec<f32> = match n % 2 {
+                                0 => row,
+                                _ => row.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
+                            };
                             let mut bytes = Vec::new();
                             encode_value(format, exact, &row, &mut bytes);
                             level.run(Quantise { format, row: Blocks::new(&row), place });
