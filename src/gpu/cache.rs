@@ -284,15 +284,13 @@ impl Compressed {
     }
 
     /// How many of the next `wanted` pages can be encoded into the last segment, for which room is
-    /// reserved; a new one is made where there is none. `left` pages may come at most, `batch` in
-    /// one step.
+    /// reserved; a new one is made where there is none. `left` pages may come at most.
     pub(super) fn reserve(
         &mut self,
         device: &Device,
         kv_heads: usize,
         wanted: usize,
         left: usize,
-        batch: usize,
     ) -> Result<usize> {
         let most = self.most_deltas(kv_heads);
         if let Some(last) = self.segments.last() {
@@ -309,9 +307,9 @@ impl Compressed {
         let first_pages = FIRST_SEGMENT / self.layout.tokens;
         let fit = (device.max_binding as usize / 4 - 1) / (header + most);
         let capacity = (self.pages / 2).max(first_pages).min(left).min(fit).max(1);
-        // As many deltas a page as so far, or half of all; and the worst case of a step.
+        // As many deltas a page as so far, or half of all; and for the last page the worst case.
         let usual = self.usual_deltas().unwrap_or(most / 2);
-        let delta_capacity = (capacity * usual + batch.min(capacity) * most).min(capacity * most);
+        let delta_capacity = (capacity * usual + most).min(capacity * most);
         let deltas = 1 + capacity * header;
         let what = "the compressed keys of a layer";
         let buffer = device.storage(what, 4 * (deltas + delta_capacity) as u64)?;
@@ -323,7 +321,7 @@ impl Compressed {
             reserved: Arc::default(),
             buffer,
         });
-        self.reserve(device, kv_heads, wanted, left, batch)
+        self.reserve(device, kv_heads, wanted, left)
     }
 
     /// Words of deltas that a page has taken so far, and a twentieth more.

@@ -57,16 +57,15 @@ pub(super) fn program(exact: CacheFormat, pages: PageKind, head_dim: u32) -> Pro
 impl Stream {
     pub(super) fn encode_pages(&mut self, cache: &mut Cache) -> Result<()> {
         let (kv_heads, sink) = (cache.shape.kv_heads, cache.policy.sink);
-        let (length, context, rows) = (cache.length, cache.context, cache.rows);
+        let (length, context) = (cache.length, cache.context);
         let Some(compressed) = &mut cache.compressed else {
             return Ok(());
         };
         let page = compressed.layout.tokens;
-        let batch = rows.div_ceil(page);
         while compressed.pages < length / page {
             let wanted = length / page - compressed.pages;
             let left = context / page - compressed.pages;
-            let count = compressed.reserve(&self.device, kv_heads, wanted, left, batch)?;
+            let count = compressed.reserve(&self.device, kv_heads, wanted, left)?;
             let Some(segment) = compressed.segments.last() else {
                 return Err(self.fault("encode_keys", "there is no room for pages"));
             };

@@ -202,7 +202,7 @@ impl Stream {
         self.usage.settle(&mut self.recorder)?;
         cache.reserve(image.length)?;
         cache.length = image.length;
-        let kv_heads = cache.shape.kv_heads;
+        let (kv_heads, context) = (cache.shape.kv_heads, cache.context);
         let key_bytes = cache.shape.head_dim * cache.policy.exact.bytes();
         let key_stride = cache.padded_dim() * cache.policy.exact.bytes();
         let slots = original_slots(cache, image.exact_from);
@@ -246,9 +246,8 @@ impl Stream {
                 self.device.write(buffer, 0, &keys)?;
             }
         }
-        let (context, rows) = (cache.context, cache.rows);
         if let Some(compressed) = &mut cache.compressed {
-            self.restore_pages(compressed, image, context, rows)?;
+            self.restore_pages(compressed, image, context)?;
             self.rewind_chain(compressed, kv_heads)?;
         }
         Ok(())
@@ -259,15 +258,13 @@ impl Stream {
         compressed: &mut Compressed,
         image: &CacheImage,
         context: usize,
-        rows: usize,
     ) -> Result<()> {
         let (layout, kv_heads) = (compressed.layout, image.pages.len());
         let pages = image.length / layout.tokens;
         while compressed.pages < pages {
             let wanted = pages - compressed.pages;
             let left = context / layout.tokens - compressed.pages;
-            let batch = rows.div_ceil(layout.tokens);
-            let count = compressed.reserve(&self.device, kv_heads, wanted, left, batch)?;
+            let count = compressed.reserve(&self.device, kv_heads, wanted, left)?;
             let Some(segment) = compressed.segments.last() else {
                 return Err(self.fault("restoring pages", "there is no room"));
             };
