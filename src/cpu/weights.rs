@@ -1,4 +1,4 @@
-//! Encoded rows of float and 8-bit matrices, decoded a block at a time.
+//! Encoded rows of matrices, keys and values, decoded a block at a time.
 
 use half::f16;
 
@@ -65,6 +65,19 @@ weight!(
     Levels8, BLOCK, |simd, raw, scale, i| simd.mul(simd.load_i8(raw, i), simd.splat_f16(scale))
 );
 
+weight!(
+    /// `i8` as it is.
+    Signed8, BLOCK, |simd, raw, _scale, i| simd.load_i8(raw, i)
+);
+weight!(
+    /// Unsigned fields of 4 bits.
+    Unsigned4, BLOCK / 2, |simd, raw, _scale, i| simd.load_u4(raw, i)
+);
+weight!(
+    /// Unsigned fields of 2 bits.
+    Unsigned2, BLOCK / 4, |simd, raw, _scale, i| simd.load_u2(raw, i)
+);
+
 const _: () = assert!(BLOCK == crate::backend::Q8_BLOCK);
 
 /// Columns of one row, from a multiple of [`BLOCK`] on.
@@ -120,6 +133,54 @@ impl<'a, W: Weight> Row<'a, W> {
             let (raw, scale) = (self.rest(), self.scale(self.whole.len()));
             for i in 0..BLOCK / S::LANES {
                 simd.store(out, i, W::load(simd, &raw, scale, i));
+            }
+        }
+    }
+
+    /// Decodes it as `x * scale + minimum`, see [`Row::decode`].
+    #[inline(always)]
+    pub(super) fn scale_all<S: Simd>(
+        &self,
+        simd: S,
+        scale: S::Floats,
+        minimum: S::Floats,
+        out: &mut [[f32; BLOCK]],
+    ) {
+        for (raw, out) in self.whole.iter().zip(&mut *out) {
+            for i in 0..BLOCK / S::LANES {
+                simd.store(out, i, simd.fma(W::load(simd, raw, 0, i), scale, minimum));
+            }
+        }
+        if let (false, Some(out)) = (self.is_whole(), out.get_mut(self.whole.len())) {
+            let raw = self.rest();
+            for i in 0..BLOCK / S::LANES {
+                simd.store(out, i, simd.fma(W::load(simd, &raw, 0, i), scale, minimum));
+            }
+        }
+    }
+
+    /// The same where each column has its own `scale` and `minimum`.
+    #[inline(always)]
+    pub(super) fn scale_each<S: Simd>(
+        &self,
+        simd: S,
+        scale: &[[f32; BLOCK]],
+        minimum: &[[f32; BLOCK]],
+        out: &mut [[f32; BLOCK]],
+    ) {
+        let columns = scale.iter().zip(minimum);
+        for ((raw, out), (scale, minimum)) in self.whole.iter().zip(&mut *out).zip(columns) {
+            for i in 0..BLOCK / S::LANES {
+                let (scale, minimum) = (simd.load(scale, i), simd.load(minimum, i));
+                simd.store(out, i, simd.fma(W::load(simd, raw, 0, i), scale, minimum));
+            }
+        }
+        let last = self.whole.len();
+        if let (false, Some(out)) = (self.is_whole(), out.get_mut(last)) {
+            let raw = self.rest();
+            for i in 0..BLOCK / S::LANES {
+                let (scale, minimum) = (simd.load(&scale[last], i), simd.load(&minimum[last], i));
+                simd.store(out, i, simd.fma(W::load(simd, &raw, 0, i), scale, minimum));
             }
         }
     }
