@@ -16,6 +16,8 @@
 //! | `encode` | [`encode_page`]: keys to a page, the exact arithmetic that devices repeat |
 //! | `values` | [`encode_value`], [`decode_value`]: values to bytes and back |
 //! | `image` | [`CacheImage`]: a layer's cache as bytes, to be saved and restored |
+//! | `statistics` | [`CacheStatistics`]: zeros, bits and bytes, counted from the pages |
+//! | `analysis` | [`LayerTrace`]: what a policy does to keys and attention of a text, on the host |
 //!
 //! # Pages
 //!
@@ -24,13 +26,16 @@
 //! decoding token by token and prefilling at once therefore give the same bits. It also means
 //! that a query sees the keys of its own page exactly, whatever the window: see [`ExactRule`].
 
+mod analysis;
 mod encode;
 mod image;
 mod page;
 mod policy;
+mod statistics;
 mod values;
 mod window;
 
+pub use analysis::{CompressedHead, HeadAnalysis, LayerTrace};
 pub use encode::encode_page;
 pub use image::CacheImage;
 pub use page::{Page, PageLayout};
@@ -38,5 +43,6 @@ pub use policy::{
     AttentionPolicy, ChannelBits, DeltaFormat, DeltaKeys, KeyFormat, PrefillWindow, Reference,
     Threshold, ValueFormat, WindowShape,
 };
+pub use statistics::{CacheStatistics, PageStatistics, ThetaRange};
 pub use values::{decode_value, encode_value};
 pub use window::{ExactRule, Phase, Window};
