@@ -20,7 +20,10 @@ use crate::backend::{
     TensorFormat,
 };
 use crate::checkpoint::{Bytes, FloatType, MatrixSource};
-use crate::delta::{CacheImage, Page};
+use crate::delta::{
+    AttentionPolicy, CacheImage, ExactRule, Page, PageLayout, Phase, decode_value, encode_page,
+    encode_value,
+};
 use crate::error::{Error, Result};
 use crate::sampler::SampleStep;
 
@@ -238,27 +241,92 @@ fn quantize(x: &[f32], out: &mut [i8]) -> f32 {
     max / 127.0
 }
 
-/// Keys and values of one layer, `[context, G, D]` each, as `f32` that the format can hold.
+/// Keys and values of one layer.
+///
+/// It keeps every original key beside the compressed pages: which of the two a query sees is
+/// decided when it attends.
 #[derive(Debug)]
 pub struct Cache {
     shape: AttentionShape,
-    format: CacheFormat,
+    policy: AttentionPolicy,
+    /// Of the pages; nothing where keys are plain.
+    layout: Option<PageLayout>,
+    /// Tokens in it.
+    length: usize,
+    /// `[context, G, D]`, as `f32` that the policy's exact format can hold.
     keys: Vec<f32>,
+    /// `[G][full pages]`.
+    pages: Vec<Vec<Page>>,
+    /// The keys that they stand for, `[G][full pages * C, D]`.
+    reconstruction: Vec<Vec<f32>>,
+    /// What the rows of `value_rows` stand for, `[context, G, D]`.
     values: Vec<f32>,
+    /// Values as bytes, see [`encode_value`]; `[context, G]` rows.
+    value_rows: Vec<u8>,
 }
 
 impl Cache {
+    /// Rounds an original key to what the policy keeps of it.
     fn round(&self, x: f32) -> f32 {
-        match self.format {
+        match self.policy.exact {
             CacheFormat::F32 => x,
             CacheFormat::F16 => f16::from_f32(x).to_f32(),
         }
+    }
+
+    /// Where the key or value of a head at `position` begins.
+    fn at(&self, position: usize, kv_head: usize) -> usize {
+        (position * self.shape.kv_heads + kv_head) * self.shape.head_dim
+    }
+
+    /// The key `[D]` at `key` that a query at `query` sees.
+    fn key(&self, rule: &ExactRule, query: usize, key: usize, kv_head: usize) -> &[f32] {
+        let head_dim = self.shape.head_dim;
+        if rule.is_exact(query, key) {
+            &self.keys[self.at(key, kv_head)..][..head_dim]
+        } else {
+            &self.reconstruction[kv_head][key * head_dim..][..head_dim]
+        }
+    }
+
+    /// Original keys of a head at `positions`, `[N, D]`.
+    fn originals(&self, positions: Range<usize>, kv_head: usize) -> Vec<f32> {
+        let key = |n| &self.keys[self.at(n, kv_head)..][..self.shape.head_dim];
+        positions.flat_map(key).copied().collect()
+    }
+
+    /// The positions whose original keys an image holds.
+    fn exact_positions(&self, exact_from: usize) -> impl Iterator<Item = usize> + use<> {
+        let sink = if self.layout.is_some() { self.policy.sink.min(self.length) } else { 0 };
+        (0..sink).chain(exact_from..self.length)
+    }
+
+    /// Adds a full page of one head.
+    fn push_page(&mut self, kv_head: usize, page: Page) {
+        let layout = self.layout.as_ref().expect("compressed keys");
+        self.reconstruction[kv_head].extend(page.reconstruct(layout));
+        self.pages[kv_head].push(page);
+    }
+
+    /// Sets the value of a head at `position` from its row of bytes.
+    fn set_value(&mut self, position: usize, kv_head: usize, row: &[u8]) {
+        let AttentionShape { kv_heads, head_dim, .. } = self.shape;
+        self.value_rows[(position * kv_heads + kv_head) * row.len()..][..row.len()]
+            .copy_from_slice(row);
+        let at = self.at(position, kv_head);
+        let AttentionPolicy { values, exact, .. } = self.policy;
+        decode_value(values, exact, row, &mut self.values[at..][..head_dim]);
     }
 }
 
 impl KeyValueCache for Cache {
     fn held(&self) -> CacheBytes {
-        CacheBytes { keys: 4 * self.keys.len() as u64, values: 4 * self.values.len() as u64 }
+        let pages = self.pages.iter().flatten().map(Page::bytes).sum::<u64>();
+        let reconstruction = self.reconstruction.iter().map(|keys| 4 * keys.len() as u64);
+        CacheBytes {
+            keys: 4 * self.keys.len() as u64 + pages + reconstruction.sum::<u64>(),
+            values: 4 * self.values.len() as u64 + self.value_rows.len() as u64,
+        }
     }
 }
 
@@ -268,6 +336,7 @@ pub struct Stream {
     attention: AttentionShape,
     tokens: Vec<u32>,
     position: usize,
+    phase: Phase,
     /// The last sampled token; nothing where the logits held NaN.
     sampled: Option<u32>,
 }
@@ -313,14 +382,24 @@ impl Backend for Reference {
 
     fn cache(&self, shape: &CacheShape) -> Result<Cache> {
         let CacheShape { attention: shape, context, policy, .. } = *shape;
-        let elements = context * shape.kv_heads * shape.head_dim;
-        let format = policy.exact;
-        Ok(Cache { shape, format, keys: vec![0.0; elements], values: vec![0.0; elements] })
+        let rows = context * shape.kv_heads;
+        Ok(Cache {
+            shape,
+            policy,
+            layout: PageLayout::new(&policy, shape.head_dim)?,
+            length: 0,
+            keys: vec![0.0; rows * shape.head_dim],
+            pages: vec![Vec::new(); shape.kv_heads],
+            reconstruction: vec![Vec::new(); shape.kv_heads],
+            values: vec![0.0; rows * shape.head_dim],
+            value_rows: vec![0; rows * policy.value_row_bytes(shape.head_dim)],
+        })
     }
 
     fn stream(&self, shape: &StreamShape) -> Result<Stream> {
         let attention = shape.attention;
-        Ok(Stream { attention, tokens: Vec::new(), position: 0, sampled: None })
+        let (tokens, position, phase) = (Vec::new(), 0, Phase::Decode);
+        Ok(Stream { attention, tokens, position, phase, sampled: None })
     }
 
     fn write(&self, tensor: &mut Tensor, values: &[f32]) -> Result<()> {
@@ -352,6 +431,7 @@ impl Operations<Reference> for Stream {
     fn begin(&mut self, step: &Step<'_>) -> Result<()> {
         self.tokens = step.tokens.to_vec();
         self.position = step.position;
+        self.phase = step.phase;
         Ok(())
     }
 
@@ -404,46 +484,48 @@ impl Operations<Reference> for Stream {
             for head in row.chunks_exact_mut(head_dim).take(heads + kv_heads) {
                 rotate(head, angles);
             }
-            let width = kv_heads * head_dim;
-            let (keys, values) = row[heads * head_dim..].split_at(width);
-            for i in 0..width {
-                cache.keys[position * width + i] = cache.round(keys[i]);
-                cache.values[position * width + i] = cache.round(values[i]);
+            let (keys, values) = row[heads * head_dim..].split_at(kv_heads * head_dim);
+            let at = cache.at(position, 0);
+            for (i, &key) in keys.iter().enumerate() {
+                cache.keys[at + i] = cache.round(key);
+            }
+            let AttentionPolicy { values: format, exact, .. } = cache.policy;
+            for (kv_head, value) in values.chunks_exact(head_dim).enumerate() {
+                let mut bytes = Vec::new();
+                encode_value(format, exact, value, &mut bytes);
+                cache.set_value(position, kv_head, &bytes);
             }
             qkv.set_row(t, &row);
+        }
+        cache.length = self.position + qkv.rows;
+        Ok(())
+    }
+
+    fn encode_keys(&mut self, cache: &mut Cache) -> Result<()> {
+        let Some(layout) = cache.layout else { return Ok(()) };
+        let PageLayout { tokens, head_dim, .. } = layout;
+        for kv_head in 0..cache.shape.kv_heads {
+            for page in cache.pages[kv_head].len()..cache.length / tokens {
+                let keys = cache.originals(page * tokens..(page + 1) * tokens, kv_head);
+                let before = &cache.reconstruction[kv_head];
+                let previous = before.len().checked_sub(head_dim).map(|last| &before[last..]);
+                let page = encode_page(&layout, &keys, previous);
+                cache.push_page(kv_head, page);
+            }
         }
         Ok(())
     }
 
-    fn encode_keys(&mut self, _cache: &mut Cache) -> Result<()> {
-        Ok(())
-    }
-
-    fn truncate(&mut self, _cache: &mut Cache, _length: usize) -> Result<()> {
-        Ok(())
-    }
-
-    fn pages(&mut self, _cache: &Cache) -> Result<Vec<Vec<Page>>> {
-        Ok(Vec::new())
-    }
-
-    fn save(&mut self, _cache: &Cache, _exact_from: usize) -> Result<CacheImage> {
-        Err(Error::EmptyPrompt)
-    }
-
-    fn restore(&mut self, _cache: &mut Cache, _image: &CacheImage) -> Result<()> {
-        Err(Error::EmptyPrompt)
-    }
-
     fn attention(&mut self, qkv: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {
         let AttentionShape { heads, kv_heads, head_dim } = cache.shape;
+        let rule = cache.policy.rule(self.phase);
         out.set_rows(qkv.rows);
         for t in 0..qkv.rows {
             let mut y = Vec::with_capacity(heads * head_dim);
             for head in 0..heads {
                 let query = &qkv.row(t)[head * head_dim..][..head_dim];
                 let kv_head = head / (heads / kv_heads);
-                y.extend(attend(query, kv_head, self.position + t, cache));
+                y.extend(attend(query, kv_head, self.position + t, &rule, cache));
             }
             out.set_row(t, &y);
         }
@@ -473,6 +555,75 @@ impl Operations<Reference> for Stream {
 
     fn sample(&mut self, logits: &Tensor, step: &SampleStep<'_>) -> Result<()> {
         self.sampled = sample(logits.row(logits.rows - 1), step);
+        Ok(())
+    }
+
+    fn truncate(&mut self, cache: &mut Cache, length: usize) -> Result<()> {
+        cache.length = cache.length.min(length);
+        if let Some(layout) = cache.layout {
+            let pages = cache.length / layout.tokens;
+            let keys = pages * layout.tokens * layout.head_dim;
+            cache.pages.iter_mut().for_each(|all| all.truncate(pages));
+            cache.reconstruction.iter_mut().for_each(|all| all.truncate(keys));
+        }
+        Ok(())
+    }
+
+    fn pages(&mut self, cache: &Cache) -> Result<Vec<Vec<Page>>> {
+        Ok(cache.pages.clone())
+    }
+
+    fn save(&mut self, cache: &Cache, exact_from: usize) -> Result<CacheImage> {
+        let Cache { shape, policy, length, .. } = *cache;
+        let (mut exact, mut values) = (Vec::new(), Vec::new());
+        let row_bytes = policy.value_row_bytes(shape.head_dim);
+        for kv_head in 0..shape.kv_heads {
+            for n in cache.exact_positions(exact_from) {
+                for key in cache.originals(n..n + 1, kv_head) {
+                    match policy.exact {
+                        CacheFormat::F32 => exact.extend(key.to_le_bytes()),
+                        CacheFormat::F16 => exact.extend(f16::from_f32(key).to_le_bytes()),
+                    }
+                }
+            }
+            for n in 0..length {
+                let row = (n * shape.kv_heads + kv_head) * row_bytes;
+                values.extend(&cache.value_rows[row..][..row_bytes]);
+            }
+        }
+        Ok(CacheImage { length, pages: cache.pages.clone(), exact_from, exact, values })
+    }
+
+    fn restore(&mut self, cache: &mut Cache, image: &CacheImage) -> Result<()> {
+        let Cache { shape, policy, .. } = *cache;
+        cache.length = image.length;
+        let mut exact = image.exact.chunks_exact(policy.exact.bytes());
+        let row_bytes = policy.value_row_bytes(shape.head_dim);
+        let mut rows = image.values.chunks_exact(row_bytes);
+        for kv_head in 0..shape.kv_heads {
+            for page in image.pages.get(kv_head).into_iter().flatten() {
+                cache.push_page(kv_head, page.clone());
+            }
+            // Keys whose originals are gone are what their pages stand for.
+            for (i, &key) in cache.reconstruction[kv_head].iter().enumerate() {
+                let at = (i / shape.head_dim * shape.kv_heads + kv_head) * shape.head_dim;
+                cache.keys[at + i % shape.head_dim] = key;
+            }
+            for n in cache.exact_positions(image.exact_from) {
+                let at = cache.at(n, kv_head);
+                for (key, bytes) in cache.keys[at..][..shape.head_dim].iter_mut().zip(&mut exact) {
+                    *key = match *bytes {
+                        [a, b] => f16::from_le_bytes([a, b]).to_f32(),
+                        [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+                        _ => unreachable!("floats of two or four bytes"),
+                    };
+                }
+            }
+            for n in 0..image.length {
+                let row = rows.next().expect("a row of each value");
+                cache.set_value(n, kv_head, row);
+            }
+        }
         Ok(())
     }
 
@@ -553,12 +704,11 @@ fn rotate(head: &mut [f32], angles: &[[f32; 2]]) {
 }
 
 /// `softmax(q k^T / sqrt(D)) v` of one query head `[D]` over positions `0..=last`, `[D]`
-/// (<https://arxiv.org/abs/1706.03762>, equation 1).
-fn attend(query: &[f32], kv_head: usize, last: usize, cache: &Cache) -> Vec<f32> {
-    let AttentionShape { kv_heads, head_dim, .. } = cache.shape;
-    let at = |position: usize| (position * kv_heads + kv_head) * head_dim;
+/// (<https://arxiv.org/abs/1706.03762>, equation 1), of keys as `rule` has them seen.
+fn attend(query: &[f32], kv_head: usize, last: usize, rule: &ExactRule, cache: &Cache) -> Vec<f32> {
+    let head_dim = cache.shape.head_dim;
     let score = |position: usize| {
-        let key = &cache.keys[at(position)..][..head_dim];
+        let key = cache.key(rule, last, position, kv_head);
         let dot: f64 = query.iter().zip(key).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
         dot / (head_dim as f64).sqrt()
     };
@@ -568,7 +718,7 @@ fn attend(query: &[f32], kv_head: usize, last: usize, cache: &Cache) -> Vec<f32>
     let sum: f64 = weights.iter().sum();
     let mut out = vec![0.0; head_dim];
     for (position, weight) in weights.iter().enumerate() {
-        for (o, &v) in out.iter_mut().zip(&cache.values[at(position)..]) {
+        for (o, &v) in out.iter_mut().zip(&cache.values[cache.at(position, kv_head)..]) {
             *o += weight / sum * f64::from(v);
         }
     }

@@ -13,6 +13,8 @@
 //! the smallest normal number flushed to zero. One ULP is at most `2 u` of the value.
 
 mod attention;
+mod caches;
+mod compressed;
 mod linear;
 mod rows;
 mod sample;
@@ -62,13 +64,14 @@ pub struct Operation<B> {
 }
 
 /// All operations.
-pub fn table<B: Backend>() -> [Operation<B>; 8] {
+pub fn table<B: Backend>() -> [Operation<B>; 9] {
     [
         Operation { name: "embed", run: linear::embed },
         Operation { name: "norm", run: rows::norm },
         Operation { name: "linear_ternary", run: linear::linear_ternary },
         Operation { name: "linear_float", run: linear::linear_float },
         Operation { name: "rope_append", run: attention::rope_append },
+        Operation { name: "encode_keys", run: compressed::encode_keys },
         Operation { name: "attention", run: attention::attention },
         Operation { name: "gate", run: rows::gate },
         Operation { name: "sample", run: sample::sample },

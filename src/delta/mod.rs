@@ -15,6 +15,7 @@
 //! | `page` | [`PageLayout`], [`Page`]: the bits of a compressed page, the same on every device |
 //! | `encode` | [`encode_page`]: keys to a page, the exact arithmetic that devices repeat |
 //! | `values` | [`encode_value`], [`decode_value`]: values to bytes and back |
+//! | `plain` | [`plain`]: the paper line by line in `f64`, which the pages are held against |
 //! | `image` | [`CacheImage`]: a layer's cache as bytes, to be saved and restored |
 //! | `statistics` | [`CacheStatistics`]: zeros, bits and bytes, counted from the pages |
 //! | `analysis` | [`LayerTrace`]: what a policy does to keys and attention of a text, on the host |
@@ -30,6 +31,7 @@ mod analysis;
 mod encode;
 mod image;
 mod page;
+pub mod plain;
 mod policy;
 mod statistics;
 mod values;
