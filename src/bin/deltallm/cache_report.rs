@@ -30,12 +30,14 @@ pub fn print(statistics: &CacheStatistics, memory: &MemoryUse) {
         statistics.policy.page,
         bytes(total.bytes())
     );
-    if let (Some(zeros), Some(sparsity)) =
-        (total.zero_share(), total.sparsity(&statistics.policy))
+    if let (Some(zeros), Some(sparsity)) = (total.zero_share(), total.sparsity(&statistics.policy))
     {
         let alpha = statistics.policy.prefill.share;
-        say!("zeros     {} of the deltas; sparsity {} (zeros times 1 - {alpha})",
-            percent(zeros), percent(sparsity));
+        say!(
+            "zeros     {} of the deltas; sparsity {} (zeros times 1 - {alpha})",
+            percent(zeros),
+            percent(sparsity)
+        );
     }
     if let Some(theta) = total.theta {
         say!("theta     {:.4} to {:.4}, mean {:.4}", theta.min, theta.max, theta.mean());

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use deltallm::model::MemoryUse;
 use deltallm::{
@@ -100,6 +100,7 @@ pub fn run(args: &Args) -> Outcome {
     let sampling = args.sampling();
     sampling.check()?;
     let policy = args.attention.policy()?;
+    args.check_save()?;
     let prompt = args.prompt()?;
     let cancel = Cancel::default();
     stop_on_interrupt(cancel.clone());
@@ -152,9 +153,6 @@ pub fn run(args: &Args) -> Outcome {
         true => Some(session.statistics()?),
         false => None,
     };
-    if let Some(path) = &args.save {
-        session.save(path)?;
-    }
     if args.json {
         let mut object = json!({
             "model": opened.name,
@@ -194,6 +192,9 @@ pub fn run(args: &Args) -> Outcome {
         report(model, &timings, &memory, session.context(), &finish);
         cache_report::print(&statistics, &memory);
     }
+    if let Some(path) = &args.save {
+        session.save(path)?;
+    }
     match finish {
         FinishReason::Cancelled => Err(Failure::Interrupted),
         _ => Ok(()),
@@ -216,6 +217,22 @@ impl Args {
             repetition_penalty: self.repetition_penalty,
             seed: self.seed.unwrap_or(default.seed),
         }
+    }
+
+    /// Before the model is opened: a path that cannot be written should not cost a minute.
+    fn check_save(&self) -> Result<(), Error> {
+        let Some(path) = &self.save else { return Ok(()) };
+        let parent = match path.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        let found = fs::metadata(parent);
+        found.map_err(|source| Error::Io { path: parent.to_owned(), source })?;
+        if path.exists() && !path.is_file() {
+            let message = "exists and is not a regular file".into();
+            return Err(Error::Malformed { path: path.clone(), message });
+        }
+        Ok(())
     }
 
     fn prompt(&self) -> Result<String, Error> {

@@ -17,7 +17,7 @@ pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
 
-        /// File of token ids, separated by spaces, commas or newlines
+    /// File of token ids, separated by spaces, commas or newlines
     #[arg(long, value_name = "FILE")]
     ids: PathBuf,
 
