@@ -10,11 +10,27 @@ use deltallm::delta::{
     ValueFormat, WindowShape,
 };
 
+/// Every option of [`AttentionArgs`].
+pub const OPTIONS: [&str; 13] = [
+    "attention",
+    "keys",
+    "theta",
+    "reference",
+    "deltas",
+    "values",
+    "sink",
+    "alpha",
+    "window_shape",
+    "window",
+    "page",
+    "cache",
+    "policy",
+];
+
 /// How keys and values are kept, and which of them attention sees exactly.
 ///
 /// Nothing that is given is ignored: an option that would have no effect is an error.
 #[derive(Args)]
-#[group(id = "policy-options", multiple = true)]
 #[command(next_help_heading = "Attention")]
 pub struct AttentionArgs {
     /// Where the other options start from: all keys as they are, delta attention as the measurements
@@ -72,10 +88,7 @@ pub struct AttentionArgs {
     cache: Option<Cache>,
 
     /// All of the above in one text, as --verbose and --json print it
-    #[arg(long, value_name = "TEXT", conflicts_with_all = [
-        "attention", "keys", "theta", "reference", "deltas", "values", "sink", "alpha",
-        "window_shape", "window", "page", "cache",
-    ])]
+    #[arg(long, value_name = "TEXT", conflicts_with_all = OPTIONS.into_iter().filter(|o| *o != "policy"))]
     policy: Option<String>,
 }
 

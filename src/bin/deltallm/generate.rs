@@ -12,7 +12,7 @@ use deltallm::{
 use serde_json::json;
 
 use crate::args::ModelArgs;
-use crate::attention_args::AttentionArgs;
+use crate::attention_args::{AttentionArgs, OPTIONS};
 use crate::cache_report;
 use crate::output::{Failure, Outcome, bytes, say, stop_on_interrupt};
 
@@ -29,17 +29,13 @@ pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
 
-    #[command(flatten)]
-    attention: AttentionArgs,
-
     /// Write the session to a file at the end: the text with its keys and values
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
 
     /// Go on with a session that --save has written, on whatever device; a prompt is appended to its
     /// text. How keys and values are kept, and the context, are the file's
-    #[arg(long, value_name = "FILE",
-        conflicts_with_all = ["policy-options", "context", "echo"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = OPTIONS.into_iter().chain(["context", "echo"]))]
     load: Option<PathBuf>,
 
     /// Tokens that the text may have in all [default: 4096, or what prompt and --max-tokens need]
@@ -93,6 +89,9 @@ pub struct Args {
     /// Print one JSON object at the end instead of the text
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    attention: AttentionArgs,
 }
 
 /// Runs the command.

@@ -89,12 +89,17 @@ impl Scale {
         place.clamp(0.0, 1.0)
     }
 
-    /// The number at a place from 0 to 1.
-    fn at(&self, place: f64) -> f64 {
-        match self.logarithmic {
-            true => self.low * (self.high / self.low).powf(place),
-            false => self.low + place * (self.high - self.low),
-        }
+    /// Places from 0 to 1 and their numbers: powers of ten, or steps of equal size.
+    fn ticks(&self, steps: f64) -> Vec<(f64, String)> {
+        let numbers: Vec<f64> = if self.logarithmic {
+            let (first, last) = (self.low.log10().round() as i32, self.high.log10().floor() as i32);
+            (first..=last).map(|exponent| 10f64.powi(exponent)).collect()
+        } else {
+            let steps = steps.floor();
+            let step = |index: usize| self.low + index as f64 / steps * (self.high - self.low);
+            (0..=steps as usize).map(step).collect()
+        };
+        numbers.into_iter().map(|x| (self.place(x), (self.write)(x))).collect()
     }
 }
 
@@ -142,13 +147,20 @@ impl HeatMap {
             .add(Title::new(&self.title))
             .add(Rectangle::new().set("width", WIDTH).set("height", whole).set("fill", "white"))
             .add(text(&self.title, 20.0, 32.0, "start").set("font-size", 19))
-            .add(text(&self.subtitle, 20.0, 56.0, "start").set("fill", FAINT).set("font-size", 12))
+            .add(self.draw_subtitle())
             .add(self.draw_cells(width, height))
             .add(self.draw_numbers(width, height))
             .add(self.draw_outlines(width, height))
             .add(frame);
         document = self.draw_axes(document, width, height);
         self.draw_colour_bar(document, height)
+    }
+
+    /// As large as fits.
+    fn draw_subtitle(&self) -> Text {
+        let letters = self.subtitle.chars().count() as f64;
+        let size = ((WIDTH - 40.0) / letters.max(1.0) / 0.58).min(12.0);
+        text(&self.subtitle, 20.0, 56.0, "start").set("fill", FAINT).set("font-size", size)
     }
 
     /// Cells of one colour in one path each, runs of a row as one rectangle.
@@ -272,12 +284,10 @@ impl HeatMap {
             .set("fill", "none")
             .set("stroke", INK);
         document = document.add(frame);
-        let numbers = ((height / 40.0) as usize).clamp(1, 5);
-        for index in 0..=numbers {
-            let place = index as f64 / numbers as f64;
+        for (place, number) in self.scale.ticks((height / 40.0).clamp(1.0, 5.0)) {
             let y = TOP + height * (1.0 - place);
             document = document.add(tick(x + 16.0, y, x + 20.0, y)).add(text(
-                &(self.scale.write)(self.scale.at(place)),
+                &number,
                 x + 24.0,
                 y + 4.0,
                 "start",
