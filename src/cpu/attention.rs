@@ -6,13 +6,22 @@
 //! into segments, the results of which are merged in the end; see Flash-Decoding
 //! (<https://crfm.stanford.edu/2023/10/12/flashdecoding.html>), after FlashAttention
 //! (<https://arxiv.org/abs/2205.14135>).
+//!
+//! Where keys are compressed, a block holds original keys and such that pages stand for, side by
+//! side. Which of the two a query sees depends on the query only where a window begins: keys
+//! there are scored as both, and each query takes its own.
 
+use std::ops::Range;
+
+use super::cache::{Cache, Compressed, Keys, Store, Values};
+use super::pages::Reader;
 use super::rows::Blocks;
 use super::simd::{BLOCK, Kernel, Simd};
-use super::tensor::{Aligned, Cache, Store, Tensor};
+use super::tensor::{Aligned, Tensor};
 use super::weights::{Float16, Float32, Row};
 use super::{Machine, Scratch};
 use crate::backend::AttentionShape;
+use crate::delta::{ExactRule, Phase};
 
 /// Keys that are looked at together: their scores are a block.
 const KEYS: usize = BLOCK;
@@ -28,6 +37,8 @@ type Block = [f32; BLOCK];
 /// How the work is cut.
 struct Plan {
     shape: AttentionShape,
+    /// Which keys a query sees exactly.
+    rule: ExactRule,
     /// Position of the first token.
     position: usize,
     /// Tokens of the step.
@@ -40,15 +51,22 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(shape: AttentionShape, position: usize, rows: usize, threads: usize) -> Self {
+    fn new(cache: &Cache, phase: Phase, position: usize, rows: usize, threads: usize) -> Self {
+        let shape = cache.shape;
         let tokens = (QUERIES / (shape.heads / shape.kv_heads)).clamp(1, rows.max(1));
         let tasks = shape.kv_heads * rows.div_ceil(tokens);
         let keys = position + rows;
         let wanted = if threads > 1 { (4 * threads).div_ceil(tasks.max(1)) } else { 1 };
         let segments = wanted.min(keys.div_ceil(SEGMENT)).max(1);
-        let segment = keys.div_ceil(segments).next_multiple_of(KEYS);
+        // Whole pages: no two tasks of a query decode the same.
+        let unit = match cache.keys {
+            Keys::Plain(_) => KEYS,
+            Keys::Compressed(_) => KEYS.max(cache.policy.page),
+        };
+        let segment = keys.div_ceil(segments).next_multiple_of(unit);
         let segments = keys.div_ceil(segment).max(1);
-        Self { shape, position, rows, tokens, segments, segment }
+        let rule = cache.policy.rule(phase);
+        Self { shape, rule, position, rows, tokens, segments, segment }
     }
 
     /// Query heads that share a KV head.
@@ -73,13 +91,13 @@ pub(super) fn attention(
     machine: &Machine,
     scratch: &Scratch,
     partial: &mut Aligned<f32>,
-    position: usize,
+    (position, phase): (usize, Phase),
     qkv: &Tensor,
     cache: &Cache,
     out: &mut Tensor,
 ) {
     let shape = cache.shape;
-    let plan = Plan::new(shape, position, qkv.rows(), machine.threads.count());
+    let plan = Plan::new(cache, phase, position, qkv.rows(), machine.threads.count());
     assert_eq!(qkv.width(), shape.qkv_width(), "qkv width");
     assert!(position + plan.rows <= cache.context, "context");
     out.set_rows(plan.rows);
@@ -172,12 +190,18 @@ impl Kernel for Attend<'_> {
         // Tiles have four queries.
         let padded = queries.next_multiple_of(4);
 
-        scratch.grow((2 * padded * blocks + 2 * KEYS * blocks + padded) * BLOCK);
+        let state = Reader::state(blocks);
+        scratch.grow((2 * padded * blocks + 3 * KEYS * blocks + state + 2 * padded) * BLOCK);
         let (query, rest) = scratch.as_chunks_mut::<BLOCK>().0.split_at_mut(padded * blocks);
         let (sums, rest) = rest.split_at_mut(padded * blocks);
         let (keys, rest) = rest.split_at_mut(KEYS * blocks);
         let (values, rest) = rest.split_at_mut(KEYS * blocks);
-        let weights = &mut rest[..padded];
+        let (weights, rest) = rest.split_at_mut(padded);
+        let (approximate, rest) = rest.split_at_mut(KEYS * blocks);
+        let (other_weights, rest) = rest.split_at_mut(padded);
+        let mut source = KeySource::new(plan, cache, kv_head, first..first + tokens);
+        let state = &mut rest[..state];
+        state.fill([0.0; BLOCK]);
         query.fill([0.0; BLOCK]);
         sums.fill([0.0; BLOCK]);
         for result in results.chunks_exact_mut(plan.result()) {
@@ -199,13 +223,26 @@ impl Kernel for Attend<'_> {
         let end = ((segment + 1) * plan.segment).min(plan.position + first + tokens);
         for start in (segment * plan.segment..end).step_by(KEYS) {
             let count = KEYS.min(end - start);
-            let place = (kv_head * cache.context + start) * head_dim;
-            decode(simd, &cache.keys, place, count, head_dim, keys);
-            decode(simd, &cache.values, place, count, head_dim, values);
-            if S::TILE >= 4 {
-                scores::<S, 4>(simd, query, keys, blocks, weights);
-            } else {
-                scores::<S, 2>(simd, query, keys, blocks, weights);
+            let both = source.read(simd, start..start + count, state, keys, approximate);
+            match &cache.values {
+                Values::Plain(store) => {
+                    let row = kv_head * cache.context + start;
+                    decode(simd, store, row, count, head_dim, values);
+                }
+                Values::Quantised(all) => all.decode(simd, kv_head, start, count, values),
+            }
+            // What is not there has weight zero, and must not be NaN.
+            keys[count * blocks..].fill([0.0; BLOCK]);
+            values[count * blocks..].fill([0.0; BLOCK]);
+            scores_of(simd, query, keys, blocks, weights);
+            if !both.is_empty() {
+                scores_of(simd, query, approximate, blocks, other_weights);
+                for (i, (weights, other)) in weights.iter_mut().zip(&*other_weights).enumerate() {
+                    let window = plan.rule.start(plan.position + first + i / group);
+                    let end = both.end.min(window.saturating_sub(start));
+                    let far = both.start..end.max(both.start);
+                    weights[far.clone()].copy_from_slice(&other[far]);
+                }
             }
             for i in 0..queries {
                 // The token sees the keys up to its own position.
@@ -236,34 +273,114 @@ impl Kernel for Attend<'_> {
     }
 }
 
-/// Decodes `count` rows `[D]` from `place` on into `[KEYS, blocks]`; the rest becomes zero, since
-/// what is not there has weight zero, and must not be NaN.
+/// Where the keys of a task come from.
+struct KeySource<'a> {
+    cache: &'a Cache,
+    kv_head: usize,
+    /// Where the windows of the task's first and last token begin, behind the sink.
+    windows: Range<usize>,
+    pages: Option<(&'a Compressed, Reader<'a>)>,
+}
+
+impl<'a> KeySource<'a> {
+    fn new(plan: &Plan, cache: &'a Cache, kv_head: usize, tokens: Range<usize>) -> Self {
+        let start = |token: usize| plan.rule.start(plan.position + token).max(plan.rule.sink);
+        let windows = start(tokens.start)..start(tokens.end - 1);
+        let pages = match &cache.keys {
+            Keys::Plain(_) => None,
+            Keys::Compressed(keys) => Some((keys, Reader::new(&keys.layout, &keys.pages[kv_head]))),
+        };
+        Self { cache, kv_head, windows, pages }
+    }
+
+    /// Decodes the keys at `positions` into `out` `[positions, blocks]`: as they are where any
+    /// query of the task sees them so.
+    ///
+    /// Those of them that other queries see approximately are decoded into the same rows of
+    /// `approximate`; the range of these rows is given back.
+    #[inline(always)]
+    fn read<S: Simd>(
+        &mut self,
+        simd: S,
+        positions: Range<usize>,
+        state: &mut [Block],
+        out: &mut [Block],
+        approximate: &mut [Block],
+    ) -> Range<usize> {
+        let Self { cache, kv_head, windows, pages } = self;
+        let head_dim = cache.shape.head_dim;
+        let blocks = head_dim.div_ceil(BLOCK);
+        let Range { start, end } = positions;
+        let Some((keys, reader)) = pages else {
+            if let Keys::Plain(store) = &cache.keys {
+                let row = *kv_head * cache.context + start;
+                decode(simd, store, row, end - start, head_dim, out);
+            }
+            return 0..0;
+        };
+        let cut = |at: usize| at.clamp(start, end);
+        let (far, near) = (cut(cache.policy.sink), cut(windows.start));
+        for exact in [start..far, near..end] {
+            let mut n = exact.start;
+            while n < exact.end {
+                let (store, row, neighbours) = keys.original(*kv_head, n);
+                let count = neighbours.min(exact.end - n);
+                decode(simd, store, row, count, head_dim, &mut out[(n - start) * blocks..]);
+                n += count;
+            }
+        }
+        if far < near {
+            reader.read(simd, far, near - far, state, &mut out[(far - start) * blocks..]);
+        }
+        let both = near..cut(windows.end);
+        if !both.is_empty() {
+            let out = &mut approximate[(near - start) * blocks..];
+            reader.read(simd, near, both.len(), state, out);
+        }
+        both.start - start..both.end - start
+    }
+}
+
+/// Decodes `count` rows `[D]` from `first` on to `[count, blocks]`; what is beyond a row's end
+/// becomes zero.
 #[inline(always)]
 fn decode<S: Simd>(
     simd: S,
     store: &Store,
-    place: usize,
+    first: usize,
     count: usize,
     head_dim: usize,
     out: &mut [Block],
 ) {
-    let blocks = head_dim.div_ceil(BLOCK);
-    for (row, out) in out.chunks_exact_mut(blocks).enumerate() {
-        if row >= count {
-            out.fill([0.0; BLOCK]);
-            continue;
-        }
-        let place = place + row * head_dim;
-        match store {
-            Store::F32(all) => {
-                let row = bytemuck::cast_slice(&all[place..place + head_dim]);
-                Row::<Float32>::new(row, &[]).decode(simd, out);
-            }
-            Store::F16(all) => {
-                let row = bytemuck::cast_slice(&all[place..place + head_dim]);
-                Row::<Float16>::new(row, &[]).decode(simd, out);
+    let out = out.chunks_exact_mut(head_dim.div_ceil(BLOCK));
+    let rows = first * head_dim..(first + count) * head_dim;
+    match store {
+        Store::F32(all) => {
+            for (row, out) in all[rows].chunks_exact(head_dim).zip(out) {
+                Row::<Float32>::new(bytemuck::cast_slice(row), &[]).decode(simd, out);
             }
         }
+        Store::F16(all) => {
+            for (row, out) in all[rows].chunks_exact(head_dim).zip(out) {
+                Row::<Float16>::new(bytemuck::cast_slice(row), &[]).decode(simd, out);
+            }
+        }
+    }
+}
+
+/// Scores of all queries with all keys, in tiles that suit the registers.
+#[inline(always)]
+fn scores_of<S: Simd>(
+    simd: S,
+    query: &[Block],
+    keys: &[Block],
+    blocks: usize,
+    weights: &mut [Block],
+) {
+    if S::TILE >= 4 {
+        scores::<S, 4>(simd, query, keys, blocks, weights);
+    } else {
+        scores::<S, 2>(simd, query, keys, blocks, weights);
     }
 }
 

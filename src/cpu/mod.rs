@@ -13,11 +13,14 @@
 )]
 
 mod attention;
+mod cache;
 mod embed;
+mod encode_keys;
 mod gate;
 mod linear_float;
 mod linear_ternary;
 mod norm;
+mod pages;
 mod rope_append;
 mod rows;
 mod sample;
@@ -26,6 +29,7 @@ mod stream;
 mod strips;
 mod tensor;
 mod threads;
+mod values;
 mod weights;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,9 +43,10 @@ use crate::backend::{
 use crate::checkpoint::{Bytes, MatrixSource};
 use crate::error::{Error, Result};
 
+pub use cache::Cache;
 pub use simd::Kernels;
 pub use stream::Stream;
-pub use tensor::{Cache, Tensor};
+pub use tensor::Tensor;
 
 use simd::Level;
 use tensor::Aligned;
@@ -275,7 +280,7 @@ impl Backend for Cpu {
     }
 
     fn cache(&self, shape: &CacheShape) -> Result<Cache> {
-        Ok(Cache::new(shape.attention, shape.context, shape.policy.exact))
+        Cache::new(shape)
     }
 
     fn stream(&self, shape: &StreamShape) -> Result<Stream> {

@@ -1,10 +1,12 @@
 //! The rotation of queries and keys (<https://arxiv.org/abs/2104.09864>, equation 34, on halves),
 //! and the cache.
 
+use super::cache::{Cache, Place, StoreMut};
 use super::norm::SERIAL;
 use super::rows::Blocks;
 use super::simd::{BLOCK, Kernel, Simd};
-use super::tensor::{Cache, Store, Tensor};
+use super::tensor::Tensor;
+use super::values::Quantise;
 use super::{Machine, Rope};
 use crate::backend::AttentionShape;
 
@@ -17,8 +19,7 @@ pub(super) fn rope_append(
     cache: &mut Cache,
 ) {
     let AttentionShape { heads, kv_heads, head_dim } = cache.shape;
-    let (rows, width, context) = (qkv.rows(), qkv.width(), cache.context);
-    assert!(position + rows <= context, "context");
+    let (rows, width) = (qkv.rows(), qkv.width());
     assert_eq!(width, cache.shape.qkv_width(), "qkv width");
     let small = rows * width < SERIAL;
 
@@ -32,45 +33,34 @@ pub(super) fn rope_append(
     });
 
     let qkv = qkv.floats();
-    let columns = |head: usize| {
+    let items = cache.append(position, rows);
+    machine.each_of(small, items, |_worker, (head, place)| {
         let start = (heads + head) * head_dim;
-        qkv.chunks_exact(width).map(move |row| &row[start..start + head_dim])
-    };
-    let new = position * head_dim..(position + rows) * head_dim;
-    // In the order of the columns: the keys of all heads, then the values.
-    let stores = [&mut cache.keys, &mut cache.values];
-    let mut items = Vec::with_capacity(2 * kv_heads);
-    for store in stores {
-        match store {
-            Store::F32(all) => {
-                let heads = all.chunks_exact_mut(context * head_dim);
-                items.extend(heads.map(|all| Place::F32(&mut all[new.clone()])));
+        let columns = qkv.chunks_exact(width).map(|row| &row[start..start + head_dim]);
+        match place {
+            Place::Rows { rows, slots, end } => {
+                let places = (position..end).map(|n| n % slots * head_dim);
+                match rows {
+                    StoreMut::F32(all) => {
+                        for (row, at) in columns.zip(places) {
+                            all[at..at + head_dim].copy_from_slice(row);
+                        }
+                    }
+                    StoreMut::F16(all) => {
+                        for (row, at) in columns.zip(places) {
+                            let place = &mut all[at..at + head_dim];
+                            machine.level.run(Round { row: Blocks::new(row), place });
+                        }
+                    }
+                }
             }
-            Store::F16(all) => {
-                let heads = all.chunks_exact_mut(context * head_dim);
-                items.extend(heads.map(|all| Place::F16(&mut all[new.clone()])));
-            }
-        }
-    }
-    let items: Vec<_> = items.into_iter().enumerate().collect();
-    machine.each_of(small, items, |_worker, (head, place)| match place {
-        Place::F32(place) => {
-            for (row, place) in columns(head).zip(place.chunks_exact_mut(head_dim)) {
-                place.copy_from_slice(row);
-            }
-        }
-        Place::F16(place) => {
-            for (row, place) in columns(head).zip(place.chunks_exact_mut(head_dim)) {
-                machine.level.run(Round { row: Blocks::new(row), place });
+            Place::Quantised(format, places) => {
+                for (row, place) in columns.zip(places) {
+                    machine.level.run(Quantise { format, row: Blocks::new(row), place });
+                }
             }
         }
     });
-}
-
-/// Where the step's keys or values of one head go, `[T, D]`.
-enum Place<'a> {
-    F32(&'a mut [f32]),
-    F16(&'a mut [u16]),
 }
 
 /// Rotates all heads of a row.

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use super::tensor::Aligned;
 use super::{
-    Cache, Cpu, Linear, Machine, Norm, Rope, Scratch, Tensor, attention, embed, gate, linear_float,
-    linear_ternary, norm, rope_append, sample,
+    Cache, Cpu, Linear, Machine, Norm, Rope, Scratch, Tensor, attention, embed, encode_keys, gate,
+    linear_float, linear_ternary, norm, rope_append, sample,
 };
 use crate::backend::{Activation, Footprint, MatrixFormat, Operations, Step, StreamShape};
-use crate::delta::{CacheImage, Page};
+use crate::delta::{CacheImage, Page, Phase};
 use crate::error::{Error, Result};
 use crate::sampler::SampleStep;
 
@@ -17,7 +17,10 @@ use crate::sampler::SampleStep;
 pub struct Stream {
     machine: Arc<Machine>,
     tokens: Vec<u32>,
+    /// Where the step's first token stands in the text.
     position: usize,
+    /// Which of the policy's windows holds.
+    phase: Phase,
     scratch: Scratch,
     /// Results of the segments of attention.
     partial: Aligned<f32>,
@@ -34,6 +37,7 @@ impl Stream {
             machine,
             tokens: Vec::with_capacity(shape.rows),
             position: 0,
+            phase: Phase::Decode,
             scratch,
             partial: Aligned::zeros(0),
             candidates: Vec::new(),
@@ -62,7 +66,7 @@ impl Operations<Cpu> for Stream {
     fn begin(&mut self, step: &Step<'_>) -> Result<()> {
         self.tokens.clear();
         self.tokens.extend_from_slice(step.tokens);
-        self.position = step.position;
+        (self.position, self.phase) = (step.position, step.phase);
         Ok(())
     }
 
@@ -98,29 +102,14 @@ impl Operations<Cpu> for Stream {
         Ok(())
     }
 
-    fn encode_keys(&mut self, _cache: &mut Cache) -> Result<()> {
+    fn encode_keys(&mut self, cache: &mut Cache) -> Result<()> {
+        encode_keys::encode_keys(&self.machine, cache);
         Ok(())
-    }
-
-    fn truncate(&mut self, _cache: &mut Cache, _length: usize) -> Result<()> {
-        Ok(())
-    }
-
-    fn pages(&mut self, _cache: &Cache) -> Result<Vec<Vec<Page>>> {
-        Ok(Vec::new())
-    }
-
-    fn save(&mut self, _cache: &Cache, _exact_from: usize) -> Result<CacheImage> {
-        Err(Error::EmptyPrompt)
-    }
-
-    fn restore(&mut self, _cache: &mut Cache, _image: &CacheImage) -> Result<()> {
-        Err(Error::EmptyPrompt)
     }
 
     fn attention(&mut self, qkv: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {
-        let Self { machine, scratch, partial, position, .. } = self;
-        attention::attention(machine, scratch, partial, *position, qkv, cache, out);
+        let Self { machine, scratch, partial, position, phase, .. } = self;
+        attention::attention(machine, scratch, partial, (*position, *phase), qkv, cache, out);
         Ok(())
     }
 
@@ -138,6 +127,24 @@ impl Operations<Cpu> for Stream {
     fn sample(&mut self, logits: &Tensor, step: &SampleStep<'_>) -> Result<()> {
         let last = logits.row(logits.rows() - 1);
         self.sampled = sample::sample(last, step, &mut self.candidates);
+        Ok(())
+    }
+
+    fn truncate(&mut self, cache: &mut Cache, length: usize) -> Result<()> {
+        cache.truncate(length);
+        Ok(())
+    }
+
+    fn pages(&mut self, cache: &Cache) -> Result<Vec<Vec<Page>>> {
+        Ok(cache.pages())
+    }
+
+    fn save(&mut self, cache: &Cache, exact_from: usize) -> Result<CacheImage> {
+        Ok(cache.save(exact_from))
+    }
+
+    fn restore(&mut self, cache: &mut Cache, image: &CacheImage) -> Result<()> {
+        cache.restore(image);
         Ok(())
     }
 

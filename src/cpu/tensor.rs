@@ -1,13 +1,11 @@
-//! What a session holds in memory: activations and the cache of keys and values.
+//! Activations.
 
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::backend::{
-    AttentionShape, CacheBytes, CacheFormat, Footprint, KeyValueCache, TensorFormat,
-};
+use crate::backend::{Footprint, TensorFormat};
 
 /// A cache line, and the widest vector.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -177,53 +175,5 @@ impl Footprint for Tensor {
             Elements::F32(values) => values.bytes(),
             Elements::Int8(int8) => int8.values.bytes() + 8 * self.capacity as u64,
         }
-    }
-}
-
-/// Keys and values of one layer.
-///
-/// `[G, context, D]` each, so that what one KV head reads is contiguous. The memory is zeroed by
-/// the system when it is first touched: a cache costs what has been written to it.
-pub struct Cache {
-    pub(super) shape: AttentionShape,
-    pub(super) context: usize,
-    pub(super) keys: Store,
-    pub(super) values: Store,
-}
-
-/// Elements of a cache.
-pub(super) enum Store {
-    F32(Vec<f32>),
-    /// Bits of `f16`.
-    F16(Vec<u16>),
-}
-
-impl Store {
-    fn new(len: usize, format: CacheFormat) -> Self {
-        match format {
-            CacheFormat::F32 => Self::F32(vec![0.0; len]),
-            CacheFormat::F16 => Self::F16(vec![0; len]),
-        }
-    }
-
-    fn bytes(&self) -> u64 {
-        match self {
-            Self::F32(values) => size_of_val(&values[..]) as u64,
-            Self::F16(values) => size_of_val(&values[..]) as u64,
-        }
-    }
-}
-
-impl Cache {
-    pub(super) fn new(shape: AttentionShape, context: usize, format: CacheFormat) -> Self {
-        let len = shape.kv_heads * context * shape.head_dim;
-        let (keys, values) = (Store::new(len, format), Store::new(len, format));
-        Self { shape, context, keys, values }
-    }
-}
-
-impl KeyValueCache for Cache {
-    fn held(&self) -> CacheBytes {
-        CacheBytes { keys: self.keys.bytes(), values: self.values.bytes() }
     }
 }

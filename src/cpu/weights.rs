@@ -1,4 +1,4 @@
-//! Encoded rows of float and 8-bit matrices, decoded a block at a time.
+//! Encoded rows of matrices, keys and values, decoded a block at a time.
 
 use half::f16;
 
@@ -65,6 +65,19 @@ weight!(
     Levels8, BLOCK, |simd, raw, scale, i| simd.mul(simd.load_i8(raw, i), simd.splat_f16(scale))
 );
 
+weight!(
+    /// `i8` as it is.
+    Signed8, BLOCK, |simd, raw, _scale, i| simd.load_i8(raw, i)
+);
+weight!(
+    /// Unsigned fields of 4 bits.
+    Unsigned4, BLOCK / 2, |simd, raw, _scale, i| simd.load_u4(raw, i)
+);
+weight!(
+    /// Unsigned fields of 2 bits.
+    Unsigned2, BLOCK / 4, |simd, raw, _scale, i| simd.load_u2(raw, i)
+);
+
 const _: () = assert!(BLOCK == crate::backend::Q8_BLOCK);
 
 /// Columns of one row, from a multiple of [`BLOCK`] on.
@@ -120,6 +133,44 @@ impl<'a, W: Weight> Row<'a, W> {
             let (raw, scale) = (self.rest(), self.scale(self.whole.len()));
             for i in 0..BLOCK / S::LANES {
                 simd.store(out, i, W::load(simd, &raw, scale, i));
+            }
+        }
+    }
+
+    /// Decodes it as `x * scale + minimum`, see [`Row::decode`].
+    #[inline(always)]
+    pub(super) fn scale_all<S: Simd>(
+        &self,
+        simd: S,
+        scale: S::Floats,
+        minimum: S::Floats,
+        out: &mut [[f32; BLOCK]],
+    ) {
+        let rest = self.rest();
+        let raw = self.whole.iter().chain((!self.is_whole()).then_some(&rest));
+        for (raw, out) in raw.zip(out) {
+            for i in 0..BLOCK / S::LANES {
+                let x = simd.fma(W::load(simd, raw, 0, i), scale, minimum);
+                simd.store(out, i, x);
+            }
+        }
+    }
+
+    /// The same where each column has its own `scale` and `minimum`.
+    #[inline(always)]
+    pub(super) fn scale_each<S: Simd>(
+        &self,
+        simd: S,
+        scale: &[[f32; BLOCK]],
+        minimum: &[[f32; BLOCK]],
+        out: &mut [[f32; BLOCK]],
+    ) {
+        let rest = self.rest();
+        let raw = self.whole.iter().chain((!self.is_whole()).then_some(&rest));
+        for (((raw, out), scale), minimum) in raw.zip(out).zip(scale).zip(minimum) {
+            for i in 0..BLOCK / S::LANES {
+                let (scale, minimum) = (simd.load(scale, i), simd.load(minimum, i));
+                simd.store(out, i, simd.fma(W::load(simd, raw, 0, i), scale, minimum));
             }
         }
     }

@@ -13,20 +13,50 @@ impl<const VNNI: bool> Avx2<VNNI> {
         let found = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("popcnt")
             && (!VNNI || is_x86_feature_detected!("avxvnni"));
         found.then_some(Self(()))
     }
 
     pub(super) fn enter<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx2,fma,f16c")]
+        #[target_feature(enable = "avx2,fma,f16c,popcnt")]
         fn plain<K: Kernel, const VNNI: bool>(simd: Avx2<VNNI>, kernel: K) -> K::Output {
             kernel.run(simd)
         }
-        #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+        #[target_feature(enable = "avx2,fma,f16c,popcnt,avxvnni")]
         fn vnni<K: Kernel, const VNNI: bool>(simd: Avx2<VNNI>, kernel: K) -> K::Output {
             kernel.run(simd)
         }
         simd!(if VNNI { vnni(self, kernel) } else { plain(self, kernel) })
+    }
+}
+
+/// For each mask, which of the packed fields goes to each lane; -128 where none does.
+const PLACES: [[u8; 8]; 256] = {
+    let mut places = [[0x80; 8]; 256];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut lane, mut next) = (0, 0);
+        while lane < 8 {
+            if mask >> lane & 1 == 1 {
+                places[mask][lane] = next;
+                next += 1;
+            }
+            lane += 1;
+        }
+        mask += 1;
+    }
+    places
+};
+
+/// Spreads the first `i8` over the lanes of `mask`.
+#[inline(always)]
+fn spread(packed: __m128i, mask: u32) -> __m256 {
+    let places = i64::from_le_bytes(PLACES[mask as usize & 255]);
+    simd! {
+        // A shuffle makes zero of what has no place.
+        let bytes = _mm_shuffle_epi8(packed, _mm_cvtsi64_si128(places));
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))
     }
 }
 
@@ -80,6 +110,60 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     fn load_i8(self, from: &[u8; BLOCK], i: usize) -> __m256 {
         let bytes = memory!(from[i * 8, 8] => |p| _mm_loadl_epi64(p.cast()));
         simd!(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)))
+    }
+
+    #[inline(always)]
+    fn load_u4(self, from: &[u8; BLOCK / 2], i: usize) -> __m256 {
+        let at = 4 * i;
+        let word = i32::from_le_bytes([from[at], from[at + 1], from[at + 2], from[at + 3]]);
+        simd! {
+            let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+            let fields = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
+            _mm256_cvtepi32_ps(_mm256_and_si256(fields, _mm256_set1_epi32(15)))
+        }
+    }
+
+    #[inline(always)]
+    fn load_u2(self, from: &[u8; BLOCK / 4], i: usize) -> __m256 {
+        let word = i32::from(u16::from_le_bytes([from[2 * i], from[2 * i + 1]]));
+        simd! {
+            let shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+            let fields = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
+            _mm256_cvtepi32_ps(_mm256_and_si256(fields, _mm256_set1_epi32(3)))
+        }
+    }
+
+    #[inline(always)]
+    fn expand_f16(self, from: &[u8; 32], mask: u32) -> __m256 {
+        let places = PLACES[mask as usize & 255];
+        let places = simd!(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(places))));
+        let packed = memory!(from[0, 16] => |p| _mm256_cvtph_ps(_mm_loadu_si128(p.cast())));
+        simd! {
+            let spread = _mm256_permutevar8x32_ps(packed, places);
+            // What has no place is negative.
+            _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32::<31>(places)), spread)
+        }
+    }
+
+    #[inline(always)]
+    fn expand_i8(self, from: &[u8; 16], mask: u32) -> __m256 {
+        let packed = memory!(from[0, 8] => |p| _mm_loadl_epi64(p.cast()));
+        spread(packed, mask)
+    }
+
+    #[inline(always)]
+    fn expand_i4(self, from: u64, mask: u32) -> __m256 {
+        spread(
+            simd! {
+                // A byte for each field, with its sign.
+                let pairs = _mm_cvtepu8_epi16(_mm_cvtsi32_si128(from as i32));
+                let bytes = _mm_or_si128(pairs, _mm_slli_epi16::<4>(pairs));
+                let bytes = _mm_and_si128(bytes, _mm_set1_epi8(15));
+                let sign = _mm_set1_epi8(8);
+                _mm_sub_epi8(_mm_xor_si128(bytes, sign), sign)
+            },
+            mask,
+        )
     }
 
     #[inline(always)]

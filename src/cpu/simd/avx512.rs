@@ -17,12 +17,15 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("popcnt");
         found.then_some(Self(()))
     }
 
     pub(super) fn enter<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+        #[target_feature(
+            enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,popcnt"
+        )]
         fn inner<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
             kernel.run(simd)
         }
@@ -78,6 +81,58 @@ impl Simd for Avx512 {
     fn load_i8(self, from: &[u8; BLOCK], i: usize) -> __m512 {
         let bytes = memory!(from[i * 16, 16] => |p| _mm_loadu_si128(p.cast()));
         simd!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)))
+    }
+
+    #[inline(always)]
+    fn load_u4(self, from: &[u8; BLOCK / 2], i: usize) -> __m512 {
+        let packed = memory!(from[i * 8, 8] => |p| _mm_loadl_epi64(p.cast()));
+        simd! {
+            // The fields of the first word lie in the lower half, those of the second above.
+            let places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+            let words = _mm512_permutexvar_epi32(places, _mm512_castsi128_si512(packed));
+            let fields = _mm512_srlv_epi32(words, shifts);
+            _mm512_cvtepi32_ps(_mm512_and_si512(fields, _mm512_set1_epi32(15)))
+        }
+    }
+
+    #[inline(always)]
+    fn load_u2(self, from: &[u8; BLOCK / 4], i: usize) -> __m512 {
+        let at = 4 * i;
+        let word = i32::from_le_bytes([from[at], from[at + 1], from[at + 2], from[at + 3]]);
+        simd! {
+            let shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let fields = _mm512_srlv_epi32(_mm512_set1_epi32(word), shifts);
+            _mm512_cvtepi32_ps(_mm512_and_si512(fields, _mm512_set1_epi32(3)))
+        }
+    }
+
+    #[inline(always)]
+    fn expand_f16(self, from: &[u8; 32], mask: u32) -> __m512 {
+        let packed = memory!(from[0, 32] => |p| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())));
+        simd!(_mm512_maskz_expand_ps(mask as u16, packed))
+    }
+
+    #[inline(always)]
+    fn expand_i8(self, from: &[u8; 16], mask: u32) -> __m512 {
+        let packed = memory!(from[0, 16] => |p| _mm_loadu_si128(p.cast()));
+        simd! {
+            let words = _mm512_cvtepi8_epi32(packed);
+            _mm512_cvtepi32_ps(_mm512_maskz_expand_epi32(mask as u16, words))
+        }
+    }
+
+    #[inline(always)]
+    fn expand_i4(self, from: u64, mask: u32) -> __m512 {
+        simd! {
+            // Each field is shifted to the top of its lane and back, which extends its sign.
+            let places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+            let shifts = _mm512_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+            let packed = _mm512_castsi128_si512(_mm_cvtsi64_si128(from as i64));
+            let words = _mm512_sllv_epi32(_mm512_permutexvar_epi32(places, packed), shifts);
+            let words = _mm512_maskz_expand_epi32(mask as u16, _mm512_srai_epi32::<28>(words));
+            _mm512_cvtepi32_ps(words)
+        }
     }
 
     #[inline(always)]

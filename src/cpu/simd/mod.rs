@@ -43,6 +43,8 @@ mod avx512;
 mod neon;
 mod portable;
 
+use half::f16;
+
 /// Elements of a block of floats.
 pub(super) const BLOCK: usize = 32;
 
@@ -86,6 +88,10 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     fn load_bf16(self, from: &[u8; 2 * BLOCK], i: usize) -> Self::Floats;
     /// Decodes `i8`.
     fn load_i8(self, from: &[u8; BLOCK], i: usize) -> Self::Floats;
+    /// Decodes unsigned fields of 4 bits, the lowest bits of a byte first.
+    fn load_u4(self, from: &[u8; BLOCK / 2], i: usize) -> Self::Floats;
+    /// Decodes unsigned fields of 2 bits, the lowest bits of a byte first.
+    fn load_u2(self, from: &[u8; BLOCK / 4], i: usize) -> Self::Floats;
     /// All lanes the `f16` of these bits.
     fn splat_f16(self, bits: u16) -> Self::Floats;
     /// Rounds to `f16`, to nearest even.
@@ -113,6 +119,25 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     fn exp2_whole(self, n: Self::Floats) -> Self::Floats;
     /// The sum over the lanes of each of four vectors.
     fn sum4(self, x: [Self::Floats; 4]) -> [f32; 4];
+
+    /// Decodes as many little-endian `f16` as `mask` has bits, each into the lane of its bit; the
+    /// other lanes become zero. Bits beyond the lanes are zero.
+    #[inline(always)]
+    fn expand_f16(self, from: &[u8; 32], mask: u32) -> Self::Floats {
+        spread(self, mask, |i| f16::from_le_bytes([from[2 * i], from[2 * i + 1]]).to_f32())
+    }
+
+    /// The same of `i8`.
+    #[inline(always)]
+    fn expand_i8(self, from: &[u8; 16], mask: u32) -> Self::Floats {
+        spread(self, mask, |i| f32::from(from[i] as i8))
+    }
+
+    /// The same of signed fields of 4 bits, the lowest first.
+    #[inline(always)]
+    fn expand_i4(self, from: u64, mask: u32) -> Self::Floats {
+        spread(self, mask, |i| ((from >> (4 * i) << 60) as i64 >> 60) as f32)
+    }
 
     /// The largest lane; unspecified where one is NaN.
     fn max_lane(self, x: Self::Floats) -> f32;
@@ -165,6 +190,20 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
         let p = self.fma(self.mul(p, r), r, self.add(r, self.splat(1.0)));
         self.mul(p, self.exp2_whole(n))
     }
+}
+
+/// Puts `field(0)`, `field(1)` and so on into the lanes whose bits of `mask` are set.
+#[inline(always)]
+fn spread<S: Simd>(simd: S, mask: u32, field: impl Fn(usize) -> f32) -> S::Floats {
+    let mut lanes = [0.0; BLOCK];
+    let mut next = 0;
+    for (lane, x) in lanes.iter_mut().take(S::LANES).enumerate() {
+        if mask >> lane & 1 == 1 {
+            *x = field(next);
+            next += 1;
+        }
+    }
+    simd.load(&lanes, 0)
 }
 
 /// A computation that is compiled for each level.

@@ -57,6 +57,16 @@ fn to_f16(x: float32x4_t) -> uint16x4_t {
     out
 }
 
+/// Four fields of a word, each shifted to its low end.
+#[inline(always)]
+fn fields(word: u32, shifts: [i32; 4], mask: u32) -> float32x4_t {
+    // SAFETY: part of every 64-bit ARM processor; four shifts are read.
+    unsafe {
+        let shifted = vshlq_u32(vdupq_n_u32(word), vld1q_s32(shifts.as_ptr()));
+        vcvtq_f32_u32(vandq_u32(shifted, vdupq_n_u32(mask)))
+    }
+}
+
 impl<const DOT: bool> Simd for Neon<DOT> {
     type Floats = float32x4_t;
     type Bytes = int8x16_t;
@@ -112,6 +122,17 @@ impl<const DOT: bool> Simd for Neon<DOT> {
             let words = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(word)));
             vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)))
         }
+    }
+
+    #[inline(always)]
+    fn load_u4(self, from: &[u8; BLOCK / 2], i: usize) -> float32x4_t {
+        let word = u32::from(u16::from_le_bytes([from[2 * i], from[2 * i + 1]]));
+        fields(word, [0, -4, -8, -12], 15)
+    }
+
+    #[inline(always)]
+    fn load_u2(self, from: &[u8; BLOCK / 4], i: usize) -> float32x4_t {
+        fields(u32::from(from[i]), [0, -2, -4, -6], 3)
     }
 
     #[inline(always)]

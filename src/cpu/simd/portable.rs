@@ -71,6 +71,16 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn load_u4(self, from: &[u8; BLOCK / 2], i: usize) -> [f32; LANES] {
+        map(|l| f32::from(from[(i * LANES + l) / 2] >> (4 * (l % 2)) & 15))
+    }
+
+    #[inline(always)]
+    fn load_u2(self, from: &[u8; BLOCK / 4], i: usize) -> [f32; LANES] {
+        map(|l| f32::from(from[(i * LANES + l) / 4] >> (2 * (l % 4)) & 3))
+    }
+
+    #[inline(always)]
     fn splat_f16(self, bits: u16) -> [f32; LANES] {
         [f16::from_bits(bits).to_f32(); LANES]
     }
