@@ -2,21 +2,36 @@
 // form one list of queries, query = token * group + head in group; a workgroup takes 32 of them
 // and walks over the keys, 32 at a time, with online softmax.
 //
+// Where keys are compressed, a tile has keys that are exact for some queries and approximate for
+// others: then both scores are made and each query takes its own. `key4_as` reads either.
+//
 // One dispatch takes the keys from `start` to `stop`; a long context takes several, between which the
 // sums wait in `out` and the softmax's state in `states`. Workgroup memory holds 32 elements of
 // each head at a time. Grid: (ceil(T H / G / 32), G).
 
 struct Params {
-    position: u32,   // of the step's first token
-    context: u32,    // tokens that the cache holds
-    qkv_stride: u32, // elements of a padded row of qkv
-    out_stride: u32, // elements of a padded row of out
+    position: u32,     // of the step's first token
+    qkv_stride: u32,   // elements of a padded row of qkv
+    out_stride: u32,   // elements of a padded row of out
     tokens: u32,
-    group: u32,      // query heads of a KV head
-    start: u32,      // first key of this dispatch, a multiple of 32
-    stop: u32,       // the key after the last; the step's end in the last dispatch
-    vectors: u32,    // fours of elements in a slice: min(8, DIM4)
-    scale: f32,      // 1 / sqrt(D)
+    group: u32,        // query heads of a KV head
+    start: u32,        // first key of this dispatch
+    stop: u32,         // the key after the last
+    resume: u32,       // 1 after the first dispatch
+    last: u32,         // 1 in the last dispatch
+    vectors: u32,      // fours of elements in a slice: min(8, DIM4)
+    scale: f32,        // 1 / sqrt(D)
+    key_first: u32,    // of the segment of plain keys: its first position
+    key_stride: u32,   // and its tokens a KV head
+    value_first: u32,  // the same of the segment of values
+    value_stride: u32,
+    value_scales: u32, // word at which the scales of quantised values begin
+    sink: u32,         // keys that are exact for all queries
+    recent: u32,       // slots of recent keys
+    window_kind: u32,
+    window: u32,
+    expanded_first: u32,  // position of the first expanded key
+    expanded_stride: u32, // expanded keys a KV head
 }
 
 const SLICES = (DIM4 + 7u) / 8u;
@@ -62,7 +77,7 @@ fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
 ) {
     let kv_head = workgroup.y;
-    let row = kv_head * params.context;
+    let value_row = kv_head * params.value_stride - params.value_first;
     let first_query = workgroup.x * 32u;
     let queries = params.tokens * params.group;
     let last_query = min(first_query + 31u, queries - 1u);
@@ -89,7 +104,7 @@ fn main(
     let out0 = head_start(query0, kv_head, params.out_stride);
     let out1 = head_start(query1, kv_head, params.out_stride);
     let state0 = kv_head * queries + query0;
-    if (params.start > 0u) {
+    if (params.resume == 1u) {
         if (query0 < queries) {
             highest.x = states[state0].x;
             total.x = states[state0].y;
@@ -109,47 +124,65 @@ fn main(
         }
     }
 
+    // The first keys of the windows of this invocation's queries, and of the workgroup's first and
+    // last: windows move with the queries.
+    let start0 = window_start(params.position + query0 / params.group);
+    let start1 = window_start(params.position + query1 / params.group);
+    let first_start = window_start(params.position + first_query / params.group);
+    let last_start = window_start(params.position + last_query / params.group);
+
     for (var tile = params.start; tile < end; tile += 32u) {
         // Scores of this invocation's queries with keys 4 part to 4 part + 3 of the tile.
         var scores0 = vec4<f32>();
         var scores1 = vec4<f32>();
-        for (var slice = 0u; slice < SLICES; slice++) {
-            workgroupBarrier();
-            for (var at = lane; at < 256u; at += 128u) {
-                let d4 = slice * 8u + at % 8u;
-                let query = first_query + at / 8u;
-                var q = vec4<f32>();
-                if (query < queries && d4 < DIM4) {
-                    let start = head_start(query, kv_head, params.qkv_stride);
-                    q = load_query4(start, d4) * params.scale;
-                }
-                q_tile[at / 8u * STRIDE + at % 8u] = q;
-                // Row r holds key 4 (r % 8) + r / 8: invocations that read rows part, part + 8, ..
-                // then hold four keys in a row and never meet in a memory bank.
-                let key = tile + (at / 8u) % 8u * 4u + at / 64u;
-                var k = vec4<f32>();
-                if (key < end && d4 < DIM4) {
-                    k = key4((row + key) * DIM4 + d4);
-                }
-                kv_tile[at / 8u * STRIDE + at % 8u] = k;
-            }
-            workgroupBarrier();
-            // A bound that compilers do not know: unrolled, within slices that are unrolled as well,
-            // this would be thousands of instructions, which take long to compile and do not fit
-            // the caches of small GPUs. Where the last slice is shorter, it is padded with zeros.
-            for (var i = 0u; i < params.vectors; i++) {
-                let q0 = q_tile[tile_query * STRIDE + i];
-                let q1 = q_tile[(tile_query + 1u) * STRIDE + i];
-                let k0 = kv_tile[part * STRIDE + i];
-                let k1 = kv_tile[(part + 8u) * STRIDE + i];
-                let k2 = kv_tile[(part + 16u) * STRIDE + i];
-                let k3 = kv_tile[(part + 24u) * STRIDE + i];
-                scores0 += vec4<f32>(dot(q0, k0), dot(q0, k1), dot(q0, k2), dot(q0, k3));
-                scores1 += vec4<f32>(dot(q1, k0), dot(q1, k1), dot(q1, k2), dot(q1, k3));
-            }
-        }
         let key = tile + 4u * part;
         let keys = vec4<u32>(key) + vec4<u32>(0u, 1u, 2u, 3u);
+        for (var round = 0u; round < PASSES; round++) {
+            let exact = round == 0u;
+            if (!tile_has(exact, tile, min(tile + 32u, end), first_start, last_start)) {
+                continue;
+            }
+            var pass0 = vec4<f32>();
+            var pass1 = vec4<f32>();
+            for (var slice = 0u; slice < SLICES; slice++) {
+                workgroupBarrier();
+                for (var at = lane; at < 256u; at += 128u) {
+                    let d4 = slice * 8u + at % 8u;
+                    let query = first_query + at / 8u;
+                    var q = vec4<f32>();
+                    if (query < queries && d4 < DIM4) {
+                        let start = head_start(query, kv_head, params.qkv_stride);
+                        q = load_query4(start, d4) * params.scale;
+                    }
+                    q_tile[at / 8u * STRIDE + at % 8u] = q;
+                    // Row r holds key 4 (r % 8) + r / 8: invocations that read rows part,
+                    // part + 8, .. then hold four keys in a row and never meet in a memory bank.
+                    let tile_key = tile + (at / 8u) % 8u * 4u + at / 64u;
+                    var k = vec4<f32>();
+                    if (tile_key < end && d4 < DIM4) {
+                        k = key4_as(exact, kv_head, tile_key, d4);
+                    }
+                    kv_tile[at / 8u * STRIDE + at % 8u] = k;
+                }
+                workgroupBarrier();
+                // A bound that compilers do not know: unrolled, within slices that are unrolled as
+                // well, this would be thousands of instructions, which take long to compile and do
+                // not fit the caches of small GPUs. Where the last slice is shorter, it is padded
+                // with zeros.
+                for (var i = 0u; i < params.vectors; i++) {
+                    let q0 = q_tile[tile_query * STRIDE + i];
+                    let q1 = q_tile[(tile_query + 1u) * STRIDE + i];
+                    let k0 = kv_tile[part * STRIDE + i];
+                    let k1 = kv_tile[(part + 8u) * STRIDE + i];
+                    let k2 = kv_tile[(part + 16u) * STRIDE + i];
+                    let k3 = kv_tile[(part + 24u) * STRIDE + i];
+                    pass0 += vec4<f32>(dot(q0, k0), dot(q0, k1), dot(q0, k2), dot(q0, k3));
+                    pass1 += vec4<f32>(dot(q1, k0), dot(q1, k1), dot(q1, k2), dot(q1, k3));
+                }
+            }
+            scores0 = select(scores0, pass0, takes(exact, keys, start0));
+            scores1 = select(scores1, pass1, takes(exact, keys, start1));
+        }
         scores0 = select(vec4<f32>(LOWEST), scores0, keys < vec4<u32>(visible0));
         scores1 = select(vec4<f32>(LOWEST), scores1, keys < vec4<u32>(visible1));
         score_tile[tile_query * STRIDE + part] = scores0;
@@ -173,7 +206,8 @@ fn main(
                 let value_key = tile + at / 8u;
                 var v = vec4<f32>();
                 if (value_key < end && d4 < DIM4) {
-                    v = value4((row + value_key) * DIM4 + d4);
+                    let scale = value_scale(value_row + value_key);
+                    v = value_levels4(value_row + value_key, d4) * scale.x + scale.y;
                 }
                 kv_tile[at / 8u * STRIDE + at % 8u] = v;
             }
@@ -199,7 +233,7 @@ fn main(
         }
     }
 
-    let last = params.stop == params.position + params.tokens;
+    let last = params.last == 1u;
     if (!last && part == 0u) {
         if (query0 < queries) {
             states[state0] = vec2<f32>(highest.x, total.x);

@@ -284,8 +284,7 @@ fn memory_is_counted_and_given_back() {
 #[test]
 fn a_buffer_over_the_limits_is_refused_with_figures() {
     let gpu = open(GpuOptions { floor_limits: true, ..any() });
-    let shape = AttentionShape { heads: 8, kv_heads: 8, head_dim: 128 };
-    match gpu.cache(&cache_shape(shape, 1 << 17)) {
+    match gpu.tensor(1 << 16, 1 << 10, TensorFormat::F32) {
         Err(Error::DeviceLimit { needed, limit, .. }) => {
             assert_eq!((needed, limit), (1 << 28, 128 << 20));
         }

@@ -5,17 +5,13 @@
 
 use half::f16;
 
+use super::level::nearest_level;
 use super::page::{Page, PageLayout};
 use super::policy::{ChannelBits, DeltaKeys, KeyFormat, Reference, Threshold};
 
 /// Rounds to f16 and back: to nearest, ties to even.
 fn halve(x: f32) -> f32 {
     f16::from_f32(x).to_f32()
-}
-
-/// `1 / scale`, or 0 where the scale is 0: then all levels are 0.
-fn inverse(scale: f32) -> f32 {
-    if scale > 0.0 { 1.0 / scale } else { 0.0 }
 }
 
 /// Encodes `keys` `[C, D]`.
@@ -64,7 +60,7 @@ fn int8(layout: &PageLayout, keys: &[f32]) -> Vec<u32> {
         put_half(&mut words, layout.scales(), token, scale);
         let at = layout.levels() + token * layout.level_words();
         for (channel, k) in row.iter().enumerate() {
-            let level = (k * inverse(scale)).round_ties_even().clamp(-127.0, 127.0);
+            let level = nearest_level(*k, scale).clamp(-127.0, 127.0);
             put(&mut words, at, channel, 8, level as i32 as u32);
         }
     }
@@ -84,7 +80,7 @@ fn channel(layout: &PageLayout, keys: &[f32], bits: ChannelBits) -> Vec<u32> {
         put_half(&mut words, 0, 2 * channel, scale);
         put_half(&mut words, 0, 2 * channel + 1, minimum);
         for (token, k) in column().enumerate() {
-            let level = ((k - minimum) * inverse(scale)).round_ties_even().clamp(0.0, top);
+            let level = nearest_level(k - minimum, scale).clamp(0.0, top);
             let at = layout.levels() + token * layout.level_words();
             put(&mut words, at, channel, bits.bits(), level as u32);
         }
@@ -145,7 +141,7 @@ fn deltas(
             let (field, rounded) = match (scale, delta.deltas.levels()) {
                 (Some(scale), Some(top)) => {
                     let top = top as f32;
-                    let level = (d * inverse(scale)).round_ties_even().clamp(-top, top);
+                    let level = nearest_level(d, scale).clamp(-top, top);
                     (level as i32 as u32, level * scale)
                 }
                 _ => (u32::from(f16::from_f32(d).to_bits()), halve(d)),

@@ -30,6 +30,7 @@
 mod analysis;
 mod encode;
 mod image;
+mod level;
 mod page;
 pub mod plain;
 mod policy;

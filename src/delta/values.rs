@@ -14,6 +14,7 @@
 
 use half::f16;
 
+use super::level::nearest_level;
 use super::policy::ValueFormat;
 use crate::formats::CacheFormat;
 
@@ -26,9 +27,9 @@ const INT4_TOP: f32 = 15.0;
 /// [`AttentionPolicy::value_row_bytes`](super::AttentionPolicy::value_row_bytes).
 ///
 /// - `Int8`: `scale = f16(max |v| * (1 / 127))`,
-///   `level = clamp(round_half_even(v * (1 / scale)), -127, 127)`.
+///   `level = clamp(round_half_even(v / scale), -127, 127)`.
 /// - `Int4`: `minimum = f16(min v)`, `scale = f16((max v - minimum) * (1 / 15))`,
-///   `level = clamp(round_half_even((v - minimum) * (1 / scale)), 0, 15)`.
+///   `level = clamp(round_half_even((v - minimum) / scale), 0, 15)`.
 ///
 /// Levels are 0 where the scale is.
 pub fn encode_value(format: ValueFormat, exact: CacheFormat, row: &[f32], out: &mut Vec<u8>) {
@@ -42,9 +43,8 @@ pub fn encode_value(format: ValueFormat, exact: CacheFormat, row: &[f32], out: &
         ValueFormat::Int8 => {
             let largest = row.iter().fold(0.0f32, |max, v| max.max(v.abs()));
             let scale = f16::from_f32(largest * (1.0 / INT8_TOP));
-            let inverse = inverse(scale);
-            out.extend(row.iter().map(|v| {
-                let level = (v * inverse).round_ties_even().clamp(-INT8_TOP, INT8_TOP);
+            out.extend(row.iter().map(|&v| {
+                let level = nearest_level(v, scale.to_f32()).clamp(-INT8_TOP, INT8_TOP);
                 level as i8 as u8
             }));
             out.extend(scale.to_le_bytes());
@@ -54,9 +54,8 @@ pub fn encode_value(format: ValueFormat, exact: CacheFormat, row: &[f32], out: &
             let highest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let minimum = f16::from_f32(lowest);
             let scale = f16::from_f32((highest - minimum.to_f32()) * (1.0 / INT4_TOP));
-            let inverse = inverse(scale);
             let level = |v: &f32| {
-                let level = ((v - minimum.to_f32()) * inverse).round_ties_even();
+                let level = nearest_level(v - minimum.to_f32(), scale.to_f32());
                 level.clamp(0.0, INT4_TOP) as u8
             };
             out.extend(row.chunks(2).map(|pair| {
@@ -101,11 +100,6 @@ pub fn decode_value(format: ValueFormat, exact: CacheFormat, bytes: &[u8], out: 
             }
         }
     }
-}
-
-/// `1 / scale`, or 0 where the scale is 0.
-fn inverse(scale: f16) -> f32 {
-    if scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 }
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 //! | file | what |
 //! |---|---|
 //! | `device` | adapters, opening one, its failures as errors |
-//! | `buffer`, `tensor`, `linear` | what lies on the device |
+//! | `buffer`, `tensor`, `linear`, `cache` | what lies on the device |
+//! | `image` | a cache read back, and restored |
 //! | `shader`, `pipeline` | the table of kernels, linking and compiling them |
 //! | `recorder`, `stream` | a session's operations, submitted once a step |
 //! | one for each operation | its parameters and grid; the kernel is `shaders/<operation>.wgsl` |
@@ -13,9 +14,12 @@
 
 mod attention;
 mod buffer;
+mod cache;
 mod device;
 mod embed;
+mod encode_keys;
 mod gate;
+mod image;
 mod linear;
 mod linear_float;
 mod linear_ternary;
@@ -30,12 +34,13 @@ mod tensor;
 
 use std::sync::Arc;
 
+pub use cache::Cache;
 pub use device::{Adapter, GpuOptions, Select, adapters};
 pub use linear::Linear;
 pub use recorder::Counters;
 pub use shader::{ShaderSource, shader_sources};
 pub use stream::Stream;
-pub use tensor::{Cache, Norm, Rope, Tensor};
+pub use tensor::{Norm, Rope, Tensor};
 
 use crate::backend::{Backend, CacheShape, DeviceInfo, Footprint, StreamShape, TensorFormat};
 use crate::checkpoint::MatrixSource;
@@ -112,7 +117,7 @@ impl Backend for Gpu {
     }
 
     fn cache(&self, shape: &CacheShape) -> Result<Cache> {
-        Cache::new(&self.device, shape.attention, shape.context, shape.policy.exact)
+        Cache::new(&self.device, shape)
     }
 
     fn stream(&self, shape: &StreamShape) -> Result<Stream> {

@@ -15,7 +15,7 @@ use super::shader::Kernel;
 use crate::error::Result;
 
 /// Bytes of the largest parameter struct.
-pub(super) const PARAMETER_BYTES: usize = 64;
+pub(super) const PARAMETER_BYTES: usize = 112;
 
 /// Distance of two parameter structs: WebGPU's alignment of a dynamic offset.
 const SLOT_BYTES: usize = 256;
@@ -45,8 +45,8 @@ struct Dispatch {
 }
 
 struct Copy {
-    from: wgpu::Buffer,
-    to: wgpu::Buffer,
+    from: (wgpu::Buffer, u64),
+    to: (wgpu::Buffer, u64),
     bytes: u64,
 }
 
@@ -151,9 +151,16 @@ impl Recorder {
         Ok(())
     }
 
-    /// Copies the start of a buffer after all dispatches recorded so far.
-    pub(super) fn copy(&mut self, from: &Buffer, to: &Buffer, bytes: u64) {
-        self.copies.push(Copy { from: from.raw().clone(), to: to.raw().clone(), bytes });
+    /// Copies bytes between buffers, each with an offset, after all dispatches that are submitted
+    /// with it.
+    pub(super) fn copy(&mut self, from: (&Buffer, u64), to: (&Buffer, u64), bytes: u64) {
+        let raw = |(buffer, offset): (&Buffer, u64)| (buffer.raw().clone(), offset);
+        self.copies.push(Copy { from: raw(from), to: raw(to), bytes });
+    }
+
+    /// Lets go of all bind groups, and with them of buffers that are gone.
+    pub(super) fn forget(&mut self) {
+        self.bind_groups.clear();
     }
 
     /// Submits what was recorded, if anything was.
@@ -174,7 +181,8 @@ impl Recorder {
             }
         }
         for copy in self.copies.drain(..) {
-            encoder.copy_buffer_to_buffer(&copy.from, 0, &copy.to, 0, copy.bytes);
+            let ((from, from_at), (to, to_at)) = (&copy.from, &copy.to);
+            encoder.copy_buffer_to_buffer(from, *from_at, to, *to_at, copy.bytes);
         }
         self.submitted = Some(self.device.queue.submit([encoder.finish()]));
         self.work = 0;

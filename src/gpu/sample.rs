@@ -176,7 +176,7 @@ impl Stream {
         };
         let buffers = [kept, &scratch.choice];
         self.recorder.dispatch(Kernel::SampleDraw, &params, &buffers, [1, 1, 1])?;
-        self.recorder.copy(&scratch.choice, &scratch.readback, CHOICE_BYTES);
+        self.recorder.copy((&scratch.choice, 0), (&scratch.readback, 0), CHOICE_BYTES);
         self.sampling.sampled = true;
         Ok(())
     }

@@ -7,8 +7,14 @@
 
 use std::fmt::Write as _;
 
-use super::{attention, embed, gate, linear_float, linear_ternary, norm, rope_append, sample};
+use super::cache::{PageKeys, PageKind, ValueStore};
+use super::{
+    attention, embed, encode_keys, gate, linear_float, linear_ternary, norm, rope_append, sample,
+};
 use crate::backend::{Activation, CacheFormat, MatrixFormat, TensorFormat};
+use crate::delta::{
+    ChannelBits, DeltaFormat, DeltaKeys, KeyFormat, PageLayout, Reference, Threshold,
+};
 
 /// A file under `shaders/`, as text.
 macro_rules! wgsl {
@@ -58,18 +64,40 @@ pub(super) enum Kernel {
         weights: MatrixFormat,
         add: bool,
     },
+    /// `compressed`: whether keys go to the ring of originals.
     RopeAppend {
-        cache: CacheFormat,
+        exact: CacheFormat,
+        compressed: bool,
+        values: ValueStore,
     },
+    RopeAppendValues {
+        values: ValueStore,
+        head_dim: u32,
+    },
+    EncodeKeys {
+        exact: CacheFormat,
+        pages: PageKind,
+        head_dim: u32,
+    },
+    /// `pages`: where keys are compressed.
     Attention {
-        cache: CacheFormat,
+        exact: CacheFormat,
+        pages: Option<PageKind>,
+        values: ValueStore,
         head_dim: u32,
     },
     AttentionMerge {
         head_dim: u32,
     },
+    AttentionExpand {
+        pages: PageKind,
+        head_dim: u32,
+    },
+    /// `page`: the size of pages, where keys are compressed.
     AttentionTiled {
-        cache: CacheFormat,
+        exact: CacheFormat,
+        page: Option<u32>,
+        values: ValueStore,
         head_dim: u32,
     },
     Gate {
@@ -99,8 +127,14 @@ impl Kernel {
             Self::LinearFloat { .. } => "linear_float",
             Self::LinearFloatTiled { .. } => "linear_float_tiled",
             Self::RopeAppend { .. } => "rope_append",
+            Self::RopeAppendValues { .. } => "rope_append_values",
+            Self::EncodeKeys { pages, .. } => match pages.keys {
+                PageKeys::Int8 | PageKeys::Channel(_) => "encode_keys",
+                PageKeys::Delta(..) => "encode_keys_delta",
+            },
             Self::Attention { .. } => "attention",
             Self::AttentionMerge { .. } => "attention_merge",
+            Self::AttentionExpand { .. } => "attention_expand",
             Self::AttentionTiled { .. } => "attention_tiled",
             Self::Gate { .. } => "gate",
             Self::SampleBest { .. } => "sample_best",
@@ -120,10 +154,23 @@ impl Kernel {
             Self::LinearFloatTiled { weights, add } => {
                 linear_float::tiled_program(weights, add, abilities)
             }
-            Self::RopeAppend { cache } => rope_append::program(cache),
-            Self::Attention { cache, head_dim } => attention::program(cache, head_dim, abilities),
+            Self::RopeAppend { exact, compressed, values } => {
+                rope_append::program(exact, compressed, values)
+            }
+            Self::RopeAppendValues { values, head_dim } => {
+                rope_append::values_program(values, head_dim, abilities)
+            }
+            Self::EncodeKeys { exact, pages, head_dim } => {
+                encode_keys::program(exact, pages, head_dim)
+            }
+            Self::Attention { exact, pages, values, head_dim } => {
+                attention::program(exact, pages, values, head_dim, abilities)
+            }
             Self::AttentionMerge { head_dim } => attention::merge_program(head_dim),
-            Self::AttentionTiled { cache, head_dim } => attention::tiled_program(cache, head_dim),
+            Self::AttentionExpand { pages, head_dim } => attention::expand_program(pages, head_dim),
+            Self::AttentionTiled { exact, page, values, head_dim } => {
+                attention::tiled_program(exact, page, values, head_dim)
+            }
             Self::Gate { activation, norm, out, vec4 } => {
                 gate::program(activation, norm, out, vec4, abilities)
             }
@@ -161,14 +208,36 @@ impl Kernel {
                 }
             }
         }
+        let exact = CacheFormat::F16;
         for head_dim in [2, 6, 64, 80, 96, 128, 256] {
             all.push(Self::AttentionMerge { head_dim });
-            for cache in caches {
-                all.push(Self::Attention { cache, head_dim });
-                all.push(Self::AttentionTiled { cache, head_dim });
+            for values in ValueStore::ALL {
+                let (pages, page) = (None, None);
+                all.push(Self::Attention { exact, pages, values, head_dim });
+                all.push(Self::AttentionTiled { exact, page, values, head_dim });
+                if values.quantised().is_some() {
+                    all.push(Self::RopeAppendValues { values, head_dim });
+                }
+            }
+            for pages in PageKind::all() {
+                all.push(Self::EncodeKeys { exact, pages, head_dim });
+                let values = ValueStore::F16;
+                all.push(Self::Attention { exact, pages: Some(pages), values, head_dim });
+                all.push(Self::AttentionExpand { pages, head_dim });
             }
         }
-        all.extend(caches.map(|cache| Self::RopeAppend { cache }));
+        for exact in caches {
+            for values in ValueStore::ALL {
+                for compressed in [false, true] {
+                    all.push(Self::RopeAppend { exact, compressed, values });
+                    let pages = PageKind { keys: PageKeys::Int8, page: 64 };
+                    let pages = compressed.then_some(pages);
+                    all.push(Self::Attention { exact, pages, values, head_dim: 64 });
+                    let page = compressed.then_some(16);
+                    all.push(Self::AttentionTiled { exact, page, values, head_dim: 64 });
+                }
+            }
+        }
         for first in [false, true] {
             all.extend([Self::SampleBest { first }, Self::SampleTop { first }]);
         }
@@ -240,20 +309,132 @@ pub(super) fn finish(out: TensorFormat) -> &'static str {
     }
 }
 
-/// The snippet that reads the cache.
-pub(super) fn cache_read(format: CacheFormat) -> &'static str {
+/// The snippet of numbers rounded to f16.
+pub(super) const HALF: &str = wgsl!("common/half.wgsl");
+
+/// The snippet of numbers as levels.
+pub(super) const LEVEL: &str = wgsl!("common/level.wgsl");
+
+/// The snippet that reads original keys.
+pub(super) fn key_read(format: CacheFormat) -> &'static str {
     match format {
-        CacheFormat::F32 => wgsl!("common/cache_f32_read.wgsl"),
-        CacheFormat::F16 => wgsl!("common/cache_f16_read.wgsl"),
+        CacheFormat::F32 => wgsl!("common/keys_f32_read.wgsl"),
+        CacheFormat::F16 => wgsl!("common/keys_f16_read.wgsl"),
     }
 }
 
-/// The snippet that writes to the cache.
-pub(super) fn cache_write(format: CacheFormat) -> &'static str {
+/// The snippet that writes original keys; it needs [`HALF`].
+pub(super) fn key_write(format: CacheFormat) -> &'static str {
     match format {
-        CacheFormat::F32 => wgsl!("common/cache_f32_write.wgsl"),
-        CacheFormat::F16 => wgsl!("common/cache_f16_write.wgsl"),
+        CacheFormat::F32 => wgsl!("common/keys_f32_write.wgsl"),
+        CacheFormat::F16 => wgsl!("common/keys_f16_write.wgsl"),
     }
+}
+
+/// The snippet that says where the original key at a position lies.
+pub(super) fn key_rows(compressed: bool) -> &'static str {
+    if compressed { wgsl!("common/rows_recent.wgsl") } else { wgsl!("common/rows_plain.wgsl") }
+}
+
+/// The snippet that reads values.
+pub(super) fn value_read(format: ValueStore) -> &'static str {
+    match format {
+        ValueStore::F32 => wgsl!("common/values_f32_read.wgsl"),
+        ValueStore::F16 => wgsl!("common/values_f16_read.wgsl"),
+        ValueStore::Int8 => wgsl!("common/values_int8_read.wgsl"),
+        ValueStore::Int4 => wgsl!("common/values_int4_read.wgsl"),
+    }
+}
+
+/// The snippet that writes values; it needs [`HALF`].
+pub(super) fn value_write(format: ValueStore) -> &'static str {
+    match format {
+        ValueStore::F32 => wgsl!("common/values_f32_write.wgsl"),
+        ValueStore::F16 => wgsl!("common/values_f16_write.wgsl"),
+        ValueStore::Int8 | ValueStore::Int4 => wgsl!("common/values_elsewhere.wgsl"),
+    }
+}
+
+impl PageKind {
+    /// Every way to keep keys with a page of every size, though not each with each.
+    fn all() -> Vec<Self> {
+        let mut keys = vec![
+            PageKeys::Int8,
+            PageKeys::Channel(ChannelBits::Four),
+            PageKeys::Channel(ChannelBits::Two),
+        ];
+        for reference in [Reference::Continuous, Reference::Anchored, Reference::Mean] {
+            for deltas in [DeltaFormat::F16, DeltaFormat::Int8, DeltaFormat::Int4] {
+                keys.push(PageKeys::Delta(reference, deltas));
+            }
+        }
+        let pages = [64, 16, 128, 32].into_iter().cycle();
+        keys.into_iter().zip(pages).map(|(keys, page)| Self { keys, page }).collect()
+    }
+
+    /// The layout of such pages. Kernels do not depend on a threshold.
+    fn layout(self, head_dim: u32) -> PageLayout {
+        let keys = match self.keys {
+            PageKeys::Int8 => KeyFormat::Int8,
+            PageKeys::Channel(bits) => KeyFormat::Channel(bits),
+            PageKeys::Delta(reference, deltas) => {
+                let threshold = Threshold::Absolute(0.0);
+                KeyFormat::Delta(DeltaKeys { threshold, reference, deltas })
+            }
+        };
+        PageLayout { keys, tokens: self.page as usize, head_dim: head_dim as usize }
+    }
+
+    /// Bits of a level or of a kept delta.
+    fn bits(self) -> usize {
+        match self.keys {
+            PageKeys::Int8 => 8,
+            PageKeys::Channel(bits) => bits.bits(),
+            PageKeys::Delta(_, deltas) => deltas.bits(),
+        }
+    }
+
+    /// Whether keys build on the keys before them.
+    fn is_chain(self) -> bool {
+        matches!(self.keys, PageKeys::Delta(Reference::Continuous | Reference::Anchored, _))
+    }
+}
+
+/// Where things lie in a page.
+pub(super) fn page_constants(pages: PageKind, head_dim: u32) -> Vec<(&'static str, u32)> {
+    let layout = pages.layout(head_dim);
+    let mut constants = vec![
+        ("HEAD_DIM", head_dim),
+        ("DIM4", head_dim.div_ceil(4)),
+        ("PAGE", pages.page),
+        ("BITS", pages.bits() as u32),
+        ("HEADER", layout.header_words() as u32),
+        ("SCALES", layout.scales() as u32),
+        ("CHAIN", pages.is_chain().into()),
+    ];
+    if let PageKeys::Delta(reference, deltas) = pages.keys {
+        constants.extend([
+            ("MASKS", layout.masks() as u32),
+            ("MASK_WORDS", layout.mask_words() as u32),
+            ("OFFSETS", layout.offsets() as u32),
+            ("TOTAL", layout.total() as u32),
+            ("LEVEL_MAX", deltas.levels().unwrap_or(1) as u32),
+            (
+                "REFERENCE",
+                match reference {
+                    Reference::Continuous => 0,
+                    Reference::Anchored => 1,
+                    Reference::Mean => 2,
+                },
+            ),
+        ]);
+    } else {
+        constants.extend([
+            ("LEVELS", layout.levels() as u32),
+            ("LEVEL_WORDS", layout.level_words() as u32),
+        ]);
+    }
+    constants
 }
 
 /// The WGSL of one variant of a kernel, for tools that check or translate shaders.

@@ -5,15 +5,20 @@ use std::sync::Arc;
 
 use super::Gpu;
 use super::buffer::Buffer;
+use super::cache::Cache;
 use super::device::Device;
+use super::encode_keys::Usage;
 use super::linear::Linear;
 use super::recorder::{Counters, Recorder};
-use super::tensor::{Cache, Norm, Rope, RowScale, Tensor};
+use super::tensor::{Norm, Rope, RowScale, Tensor};
 use super::{attention, sample};
 use crate::backend::{Activation, Footprint, Operations, Step, StreamShape, TensorFormat};
 use crate::delta::{CacheImage, Page, Phase};
 use crate::error::{Error, Result};
 use crate::sampler::SampleStep;
+
+/// Bytes that are read back at a time.
+const LARGEST_READ: usize = 16 << 20;
 
 /// The tokens that the current step is over.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +38,7 @@ pub struct Stream {
     pub(super) tokens: Buffer,
     pub(super) attention: attention::Scratch,
     pub(super) sampling: sample::Scratch,
+    pub(super) usage: Usage,
     /// What tensors are read through; grows to the largest.
     readback: Option<Buffer>,
 }
@@ -46,6 +52,7 @@ impl Stream {
             tokens: device.storage("the tokens of a step", shape.rows as u64 * 4)?,
             attention: attention::Scratch::new(&device, shape)?,
             sampling: sample::Scratch::new(&device, shape)?,
+            usage: Usage::default(),
             readback: None,
             device,
         })
@@ -72,26 +79,43 @@ impl Stream {
 
     /// The first `bytes` of a buffer, after all that was recorded.
     fn read_bytes(&mut self, buffer: &Buffer, bytes: usize) -> Result<Vec<u8>> {
-        let size = bytes.next_multiple_of(4) as u64;
-        let readback = match self.readback.take() {
-            Some(readback) if readback.size() >= size => readback,
-            _ => {
-                let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-                self.recorder.count_readback();
-                self.device.buffer("reading a tensor", size, usage)?
-            }
-        };
-        self.recorder.copy(buffer, &readback, size);
-        let data = self.recorder.read(&readback, size);
-        self.readback = Some(readback);
-        data
+        self.read_at(buffer, 0, bytes)
+    }
+
+    /// `bytes` of a buffer from `offset` on, a multiple of four, after all that was recorded.
+    pub(super) fn read_at(
+        &mut self,
+        buffer: &Buffer,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<Vec<u8>> {
+        let mut data = Vec::with_capacity(bytes.next_multiple_of(4));
+        // In pieces, so that reading a whole cache does not take as much again.
+        while data.len() < bytes {
+            let piece = (bytes - data.len()).min(LARGEST_READ).next_multiple_of(4) as u64;
+            let readback = match self.readback.take() {
+                Some(readback) if readback.size() >= piece => readback,
+                _ => {
+                    let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+                    self.recorder.count_readback();
+                    self.device.buffer("reading a tensor", piece, usage)?
+                }
+            };
+            let from = (buffer, (offset + data.len()) as u64);
+            self.recorder.copy(from, (&readback, 0), piece);
+            let read = self.recorder.read(&readback, piece);
+            self.readback = Some(readback);
+            data.extend(read?);
+        }
+        data.truncate(bytes);
+        Ok(data)
     }
 }
 
 impl Footprint for Stream {
     fn bytes(&self) -> u64 {
         let readback = self.readback.as_ref().map_or(0, Buffer::size);
-        let scratch = self.attention.bytes() + self.sampling.bytes();
+        let scratch = self.attention.bytes() + self.sampling.bytes() + self.usage.bytes();
         self.tokens.size() + scratch + readback + self.recorder.bytes()
     }
 }
@@ -108,6 +132,7 @@ impl Operations<Gpu> for Stream {
         })?;
         // What is recorded belongs to earlier tokens, and writes come before what is recorded.
         self.recorder.submit()?;
+        self.usage.settle(&mut self.recorder)?;
         self.device.write(&self.tokens, 0, bytemuck::cast_slice(tokens))?;
         self.step = Current { position, tokens: tokens.len(), phase };
         Ok(())
@@ -139,24 +164,8 @@ impl Operations<Gpu> for Stream {
         self.rope_rows(qkv, rope, cache)
     }
 
-    fn encode_keys(&mut self, _cache: &mut Cache) -> Result<()> {
-        Ok(())
-    }
-
-    fn truncate(&mut self, _cache: &mut Cache, _length: usize) -> Result<()> {
-        Ok(())
-    }
-
-    fn pages(&mut self, _cache: &Cache) -> Result<Vec<Vec<Page>>> {
-        Ok(Vec::new())
-    }
-
-    fn save(&mut self, _cache: &Cache, _exact_from: usize) -> Result<CacheImage> {
-        Err(Error::EmptyPrompt)
-    }
-
-    fn restore(&mut self, _cache: &mut Cache, _image: &CacheImage) -> Result<()> {
-        Err(Error::EmptyPrompt)
+    fn encode_keys(&mut self, cache: &mut Cache) -> Result<()> {
+        self.encode_pages(cache)
     }
 
     fn attention(&mut self, qkv: &Tensor, cache: &Cache, out: &mut Tensor) -> Result<()> {
@@ -175,6 +184,22 @@ impl Operations<Gpu> for Stream {
 
     fn sample(&mut self, logits: &Tensor, step: &SampleStep<'_>) -> Result<()> {
         self.sample_token(logits, step)
+    }
+
+    fn truncate(&mut self, cache: &mut Cache, length: usize) -> Result<()> {
+        self.truncate_cache(cache, length)
+    }
+
+    fn pages(&mut self, cache: &Cache) -> Result<Vec<Vec<Page>>> {
+        self.read_pages(cache)
+    }
+
+    fn save(&mut self, cache: &Cache, exact_from: usize) -> Result<CacheImage> {
+        self.save_cache(cache, exact_from)
+    }
+
+    fn restore(&mut self, cache: &mut Cache, image: &CacheImage) -> Result<()> {
+        self.restore_cache(cache, image)
     }
 
     fn submit(&mut self) -> Result<()> {

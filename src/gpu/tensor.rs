@@ -1,10 +1,8 @@
-//! What the operations work on besides matrices: activations, norms, the rotary table, the cache.
+//! What the operations work on besides matrices: activations, norms, the rotary table.
 
 use super::buffer::Buffer;
 use super::device::Device;
-use crate::backend::{
-    AttentionShape, CacheBytes, CacheFormat, Footprint, KeyValueCache, TensorFormat,
-};
+use crate::backend::{Footprint, TensorFormat};
 use crate::error::Result;
 
 /// Elements that a row is padded to a multiple of: 16 bytes of int8.
@@ -106,35 +104,5 @@ impl Rope {
 impl Footprint for Rope {
     fn bytes(&self) -> u64 {
         self.table.size()
-    }
-}
-
-/// Keys and values of one layer on the device, `[G, context, D]` each, D padded to 4.
-pub struct Cache {
-    pub(super) keys: Buffer,
-    pub(super) values: Buffer,
-    pub(super) format: CacheFormat,
-    pub(super) shape: AttentionShape,
-    pub(super) context: usize,
-}
-
-impl Cache {
-    pub(super) fn new(
-        device: &Device,
-        shape: AttentionShape,
-        context: usize,
-        format: CacheFormat,
-    ) -> Result<Self> {
-        let elements = shape.kv_heads * context * shape.head_dim.next_multiple_of(4);
-        let bytes = (elements * format.bytes()) as u64;
-        let keys = device.storage("the cached keys of a layer", bytes)?;
-        let values = device.storage("the cached values of a layer", bytes)?;
-        Ok(Self { keys, values, format, shape, context })
-    }
-}
-
-impl KeyValueCache for Cache {
-    fn held(&self) -> CacheBytes {
-        CacheBytes { keys: self.keys.size(), values: self.values.size() }
     }
 }

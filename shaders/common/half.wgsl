@@ -1,10 +1,3 @@
-// Writes keys and values in f16, two elements at a time: one word, so that no two invocations
-// write to the same one.
-// Index: ((kv head * context + position) * padded head + element) / 2.
-
-@group(0) @binding(3) var<storage, read_write> keys: array<u32>;
-@group(0) @binding(4) var<storage, read_write> values: array<u32>;
-
 // The nearest f16, ties to even: drivers are free to round `pack2x16float` either way, so it only
 // ever sees numbers that need no rounding.
 fn nearest_f16(x: f32) -> f32 {
@@ -21,12 +14,4 @@ fn nearest_f16(x: f32) -> f32 {
 
 fn pack_pair(pair: vec2<f32>) -> u32 {
     return pack2x16float(vec2<f32>(nearest_f16(pair.x), nearest_f16(pair.y)));
-}
-
-fn store_key2(at: u32, pair: vec2<f32>) {
-    keys[at] = pack_pair(pair);
-}
-
-fn store_value2(at: u32, pair: vec2<f32>) {
-    values[at] = pack_pair(pair);
 }
