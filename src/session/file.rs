@@ -43,7 +43,11 @@ impl Session {
     /// # Errors
     /// [`Error::Io`]; [`Error::Malformed`] where something that is not a regular file stands there.
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
+        let (fields, tensors) = self.contents()?;
+        write(path.as_ref(), fields, &tensors)
+    }
+
+    fn contents(&mut self) -> Result<(Fields, Vec<Stored>)> {
         // Original keys that the next step needs may be gone, see [`Session::truncate`]: then the
         // text will be run again, and there is no use in keeping the rest.
         if !self.decoder.can_continue(self.phase()) {
@@ -51,12 +55,10 @@ impl Session {
         }
         let length = self.decoder.length();
         let layers = if length == 0 { 0 } else { self.model.config().layers };
-        let images =
-            (0..layers).map(|layer| self.decoder.save(layer)).collect::<Result<Vec<_>>>()?;
-
-        let mut tensors =
-            vec![Stored::words("tokens".into(), vec![self.tokens.len()], &self.tokens)];
-        for (layer, image) in images.iter().enumerate() {
+        let tokens = Stored::words("tokens".into(), vec![self.tokens.len()], &self.tokens);
+        let (mut tensors, mut exact_from) = (vec![tokens], 0);
+        for layer in 0..layers {
+            let image = self.decoder.save(layer)?;
             let name = |part: &str| format!("layer.{layer}.{part}");
             if !self.shape.policy.is_dense() {
                 let all = || image.pages.iter().flatten();
@@ -67,10 +69,11 @@ impl Session {
                 tensors.push(Stored::words(name("page_words"), shape, &sizes));
                 tensors.push(Stored::words(name("pages"), vec![words.len()], &words));
             }
-            tensors.push(Stored::bytes(name("exact"), &image.exact));
-            tensors.push(Stored::bytes(name("values"), &image.values));
+            tensors.push(Stored::bytes(name("exact"), image.exact));
+            tensors.push(Stored::bytes(name("values"), image.values));
+            exact_from = image.exact_from;
         }
-        let mut fields: Vec<(&str, String)> = vec![
+        let fields = vec![
             ("format", FORMAT.into()),
             ("version", VERSION.into()),
             ("model", fingerprint(self.model.config())),
@@ -78,29 +81,9 @@ impl Session {
             ("context", self.shape.context.to_string()),
             ("prompt", self.prompt.to_string()),
             ("length", length.to_string()),
-            ("exact_from", images.first().map_or(0, |image| image.exact_from).to_string()),
+            ("exact_from", exact_from.to_string()),
         ];
-        let mut checksum = Checksum::default();
-        fields.iter().for_each(|(_, value)| checksum.add(value.as_bytes()));
-        tensors.iter().for_each(|tensor| checksum.add(&tensor.data));
-        fields.push(("checksum", checksum.text()));
-        let fields: HashMap<String, String> =
-            fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-
-        // What a symbolic link points to is replaced, not the link; a device or a pipe never is.
-        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        if path.exists() && !path.is_file() {
-            let message = "exists and is not a regular file".into();
-            return Err(Error::Malformed { path, message });
-        }
-        let views = tensors.iter().map(|tensor| Ok((&tensor.name[..], tensor.view()?)));
-        let fail = |error| match error {
-            SafeTensorError::IoError(source) => Error::Io { path: path.clone(), source },
-            error => Error::Malformed { path: path.clone(), message: error.to_string() },
-        };
-        let views = views.collect::<std::result::Result<Vec<_>, _>>().map_err(fail)?;
-        // It writes beside the path, and renames.
-        safetensors::serialize_to_file(views, Some(fields), &path).map_err(fail)
+        Ok((fields, tensors))
     }
 
     /// Opens a session that [`Session::save`] has written, of the same model on whatever device.
@@ -164,6 +147,34 @@ impl Session {
     }
 }
 
+/// The metadata without their checksum, in the order in which it is taken.
+type Fields = Vec<(&'static str, String)>;
+
+/// Writes a file whole or not at all.
+fn write(path: &Path, mut fields: Fields, tensors: &[Stored]) -> Result<()> {
+    let mut checksum = Checksum::default();
+    fields.iter().for_each(|(_, value)| checksum.add(value.as_bytes()));
+    tensors.iter().for_each(|tensor| checksum.add(&tensor.data));
+    fields.push(("checksum", checksum.text()));
+    let fields: HashMap<String, String> =
+        fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+
+    // What a symbolic link points to is replaced, not the link; a device or a pipe never is.
+    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    if path.exists() && !path.is_file() {
+        let message = "exists and is not a regular file".into();
+        return Err(Error::Malformed { path, message });
+    }
+    let fail = |error| match error {
+        SafeTensorError::IoError(source) => Error::Io { path: path.clone(), source },
+        error => Error::Malformed { path: path.clone(), message: error.to_string() },
+    };
+    let views = tensors.iter().map(|tensor| Ok((&tensor.name[..], tensor.view()?)));
+    let views = views.collect::<std::result::Result<Vec<_>, _>>().map_err(fail)?;
+    // It writes beside the path, and renames.
+    safetensors::serialize_to_file(views, Some(fields), &path).map_err(fail)
+}
+
 /// Every number that keys, values and tokens depend on. A model with other weights of the same
 /// shapes cannot be told apart.
 fn fingerprint(config: &ModelConfig) -> String {
@@ -187,6 +198,7 @@ fn fingerprint(config: &ModelConfig) -> String {
 }
 
 /// A tensor to be written.
+#[derive(Clone)]
 struct Stored {
     name: String,
     dtype: Dtype,
@@ -200,8 +212,8 @@ impl Stored {
         Self { name, dtype: Dtype::U32, shape, data }
     }
 
-    fn bytes(name: String, bytes: &[u8]) -> Self {
-        Self { name, dtype: Dtype::U8, shape: vec![bytes.len()], data: bytes.to_vec() }
+    fn bytes(name: String, data: Vec<u8>) -> Self {
+        Self { name, dtype: Dtype::U8, shape: vec![data.len()], data }
     }
 
     fn view(&self) -> std::result::Result<TensorView<'_>, SafeTensorError> {
@@ -442,6 +454,8 @@ impl<'a> Saved<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::synthetic::Synthetic;
+    use crate::{DeviceChoice, ModelOptions};
 
     #[test]
     fn a_checksum_sees_every_bit_and_every_border() {
@@ -459,5 +473,101 @@ mod tests {
         }
         assert_ne!(sum(&[&bytes[..20], &bytes[20..]]), sum(&[&bytes[..21], &bytes[21..]]));
         assert_ne!(sum(&[&[0; 3]]), sum(&[&[0; 4]]));
+    }
+
+    /// Files whose checksum is right, but whose parts contradict the model or each other.
+    #[test]
+    fn what_contradicts_itself_is_refused() {
+        let dir = tempfile::tempdir().expect("directory");
+        Synthetic::named("tiny").expect("known").write(dir.path()).expect("written");
+        let cpu = ModelOptions { device: DeviceChoice::Cpu, ..ModelOptions::default() };
+        let model = Model::open(dir.path(), &cpu).expect("opened");
+        let attention = "delta page=16 window=16".parse().expect("a policy");
+        let options = SessionOptions { context: Some(512), attention };
+        let mut session = Session::new(&model, &options).expect("session");
+        let text: Vec<u32> = (0..70).map(|i| 3 + i % 50).collect();
+        session.evaluate(&text).expect("prompt");
+        let (fields, tensors) = session.contents().expect("contents");
+        let path = dir.path().join("session");
+        write(&path, fields.clone(), &tensors).expect("saved");
+        assert_eq!(Session::load(&model, &path).expect("loaded").tokens(), text);
+
+        let refused = |fields: Fields, tensors: &[Stored], words: &[&str]| {
+            write(&path, fields, tensors).expect("saved");
+            let error = Session::load(&model, &path).expect_err(words[0]).to_string();
+            let named = words.iter().all(|word| error.contains(word));
+            assert!(named && error.contains("session"), "{words:?}: {error}");
+        };
+        for (name, value, expected) in [
+            ("format", "another", "deltallm session"),
+            ("version", "2", "expected \"1\""),
+            ("model", "LlamaForCausalLM layers=2", "layers=4"),
+            ("policy", "delta page=48", "an attention policy"),
+            ("policy", "delta page=128", "page_words"),
+            ("policy", "keys=channel2 page=16 window=16", "words"),
+            ("policy", "dense", "tensors"),
+            ("policy", "delta page=16 window=16 values=int8", "values"),
+            ("policy", "delta page=16 window=16 sink=0", "exact"),
+            ("context", "0", "from 1 to"),
+            ("context", "99999999999999999999", "a number"),
+            ("context", "64", "at most 64"),
+            ("prompt", "71", "at most 70"),
+            ("length", "71", "expected 71 to 513"),
+            ("length", "18446744073709551615", "at most 512"),
+            ("length", "50", "page_words"),
+            ("exact_from", "71", "at most 70"),
+            ("exact_from", "3", "exact"),
+            ("exact_from", "-1", "a number"),
+        ] {
+            let mut changed = fields.clone();
+            for field in changed.iter_mut().filter(|field| field.0 == name) {
+                field.1 = value.into();
+            }
+            let field = if expected.contains(char::is_whitespace) { name } else { expected };
+            refused(changed, &tensors, &[expected, field]);
+        }
+        for dropped in 0..fields.len() {
+            let mut changed = fields.clone();
+            let (name, _) = changed.remove(dropped);
+            refused(changed, &tensors, &[name, "is missing"]);
+        }
+
+        let with = |name: &str, change: &dyn Fn(&mut Stored)| {
+            let mut changed = tensors.clone();
+            changed.iter_mut().filter(|tensor| tensor.name == name).for_each(change);
+            changed
+        };
+        let set = |at: usize, word: u32| {
+            move |tensor: &mut Stored| {
+                tensor.data[4 * at..4 * at + 4].copy_from_slice(&word.to_le_bytes());
+            }
+        };
+        let pages = "layer.1.pages";
+        let masks = model.config().attention.head_dim;
+        for (name, change, word) in [
+            ("tokens", &set(5, u32::MAX) as &dyn Fn(&mut Stored), "outside the vocabulary"),
+            ("layer.0.page_words", &set(0, u32::MAX), "only"),
+            ("layer.0.page_words", &set(0, 0), "fewer than"),
+            ("layer.0.page_words", &set(7, 5), "fewer than"),
+            (pages, &set(masks, 0x5555_5555), "token 1 begins at"),
+            (pages, &|tensor| tensor.name.push('x'), "is missing"),
+            (pages, &|tensor| tensor.dtype = Dtype::F32, "stored as F32"),
+        ] {
+            refused(fields.clone(), &with(name, change), &[word]);
+        }
+        for name in ["tokens", "layer.0.exact", "layer.3.values", pages, "layer.2.page_words"] {
+            let shorter = with(name, &|tensor| {
+                let size = if tensor.dtype == Dtype::U8 { 1 } else { 4 };
+                tensor.data.truncate(tensor.data.len() - size);
+                tensor.shape = vec![tensor.data.len() / size];
+            });
+            refused(fields.clone(), &shorter, &[if name == "tokens" { "69 tokens" } else { name }]);
+            let fewer: Vec<Stored> =
+                tensors.iter().filter(|tensor| tensor.name != name).cloned().collect();
+            refused(fields.clone(), &fewer, &[if name == "tokens" { name } else { "tensors" }]);
+        }
+        let mut more = tensors.clone();
+        more.push(Stored::bytes("extra".into(), vec![1]));
+        refused(fields, &more, &["tensors"]);
     }
 }
