@@ -523,8 +523,7 @@ mod tests {
             for field in changed.iter_mut().filter(|field| field.0 == name) {
                 field.1 = value.into();
             }
-            let field = if expected.contains(char::is_whitespace) { name } else { expected };
-            refused(changed, &tensors, &[expected, field]);
+            refused(changed, &tensors, &[expected]);
         }
         for dropped in 0..fields.len() {
             let mut changed = fields.clone();
@@ -549,7 +548,7 @@ mod tests {
             ("layer.0.page_words", &set(0, u32::MAX), "only"),
             ("layer.0.page_words", &set(0, 0), "fewer than"),
             ("layer.0.page_words", &set(7, 5), "fewer than"),
-            (pages, &set(masks, 0x5555_5555), "token 1 begins at"),
+            (pages, &set(masks, u32::MAX), "token 1 begins at"),
             (pages, &|tensor| tensor.name.push('x'), "is missing"),
             (pages, &|tensor| tensor.dtype = Dtype::F32, "stored as F32"),
         ] {
