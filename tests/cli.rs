@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use common::{Golden, distance, fixture};
+use deltallm::delta::AttentionPolicy;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -32,6 +33,10 @@ fn out(output: &Output) -> String {
 
 fn err(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).expect("UTF-8")
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_str(&out(output)).expect("one JSON object")
 }
 
 fn ok(output: Output) -> Output {
@@ -78,7 +83,7 @@ fn json_holds_everything_a_script_asks_for() {
     let args = ["generate", prompt, "--model", path(&model), "--device", "cpu", "--cache", "f32"];
     let more = ["-n", "32", "--ignore-eos", "--json"];
     let output = ok(run(&[&args[..], &more].concat()));
-    let json: Value = serde_json::from_str(&out(&output)).expect("one JSON object");
+    let json = json(&output);
     assert_eq!(json["prompt_ids"], golden["ids"]);
     assert_eq!(json["ids"], golden["continuation_ids"]);
     assert_eq!(json["text"], golden["continuation"]);
@@ -88,7 +93,7 @@ fn json_holds_everything_a_script_asks_for() {
     {
         assert!(json["timings"][field].as_f64().is_some_and(|x| x > 0.0), "{field}: {json}");
     }
-    for field in ["weights", "cache", "activations"] {
+    for field in ["weights", "keys", "values", "activations", "dense_f16"] {
         assert!(json["bytes"][field].as_u64().is_some_and(|x| x > 0), "{field}: {json}");
     }
 }
@@ -102,7 +107,7 @@ fn options_of_sampling_and_formats_reach_every_device() {
             let args = ["generate", "Hello", "--model", path(&model), "--device", device];
             let output =
                 ok(run(&[&args[..], &["-n", "12", "--ignore-eos", "--json"], more].concat()));
-            serde_json::from_str::<Value>(&out(&output)).expect("one JSON object")
+            json(&output)
         };
         let greedy = run_with(&[]);
         assert_eq!(
@@ -126,6 +131,7 @@ fn verbose_reports_times_and_memory() {
     for word in ["device", "load", "prefill", "decode", "memory", "cache", "tokens/s"] {
         assert!(err(&output).contains(word), "{word}: {}", err(&output));
     }
+    assert!(err(&output).contains(&format!("policy    {}", AttentionPolicy::dense())));
 }
 
 #[test]
@@ -186,6 +192,269 @@ fn inspect_shows_a_model_without_a_device() {
             assert!(out(&output).contains(word), "{name}, {word}: {}", out(&output));
         }
     }
+}
+
+/// Options of a policy, and the policy as it is printed.
+const POLICIES: [(&[&str], &str); 9] = [
+    (&[], "dense"),
+    (&["--cache", "f32", "--values", "int8"], "exact=f32 values=int8"),
+    (&["--attention", "delta"], "delta"),
+    (&["--keys", "delta"], "delta"),
+    (&["--attention", "paper", "--theta", "1.5sigma"], "paper theta=1.5sigma"),
+    (
+        &["--attention", "paper", "--keys", "channel2", "--page", "16"],
+        "paper keys=channel2 page=16",
+    ),
+    (
+        &["--keys", "delta", "--reference", "anchored", "--deltas", "int4", "--theta", "0.25"],
+        "delta reference=anchored deltas=int4 theta=0.25",
+    ),
+    (
+        &["--keys", "int8", "--sink", "0", "--alpha", "0.5", "--window-shape", "block"],
+        "keys=int8 sink=0 alpha=0.5 shape=block",
+    ),
+    (&["--policy", "delta window=7 values=int4"], "delta window=7 values=int4"),
+];
+
+#[test]
+fn policy_options_make_the_policy() {
+    let model = fixture("llama-32");
+    for (options, expected) in POLICIES {
+        let args = ["generate", "Hi", "--model", path(&model), "--device", "cpu", "-n", "2"];
+        let output = ok(run(&[&args[..], &["--json"], options].concat()));
+        let json = json(&output);
+        let expected: AttentionPolicy = expected.parse().expect(expected);
+        assert_eq!(json["policy"], expected.to_string(), "{options:?}");
+    }
+}
+
+#[test]
+fn policies_out_of_range_say_what_is_allowed() {
+    let refused: [(&[&str], &str); 13] = [
+        (&["--theta", "1"], "add --attention delta"),
+        (&["--keys", "int8", "--reference", "mean"], "add --attention delta"),
+        (&["--attention", "dense", "--deltas", "int4"], "--keys delta"),
+        (&["--sink", "8"], "needs compressed keys"),
+        (&["--values", "int8", "--window", "8"], "needs compressed keys"),
+        (&["--attention", "dense", "--keys", "int8"], "--attention dense keeps keys plain"),
+        (&["--attention", "paper", "--keys", "plain"], "contradicts"),
+        (&["--attention", "delta", "--theta", "-1"], "from 0 to 10000"),
+        (&["--attention", "delta", "--alpha", "-0.1"], "from 0 to 1"),
+        (&["--attention", "delta", "--sink", "1025"], "from 0 to 1024"),
+        (&["--attention", "delta", "--window", "0"], "from 1 to 65536"),
+        (&["--attention", "delta", "--page", "48"], "16, 32, 64 or 128"),
+        (&["--policy", "delta depth=3"], "no such field"),
+    ];
+    let model = fixture("llama-32");
+    for command in [&["generate", "x"][..], &["inspect", path(&model)]] {
+        for (options, allowed) in refused {
+            let output = run(&[command, options].concat());
+            assert_eq!(output.status.code(), Some(1), "{options:?}");
+            assert!(err(&output).contains(allowed), "{options:?}: {}", err(&output));
+        }
+        // What the parser of options refuses.
+        for (options, word) in [
+            (&["--theta", "much"][..], "must be a number"),
+            (&["--policy", "dense", "--sink", "3"], "--sink"),
+            (&["--attention", "sparse"], "paper"),
+        ] {
+            let output = run(&[command, options].concat());
+            assert_eq!(output.status.code(), Some(2), "{options:?}");
+            assert!(err(&output).contains(word), "{options:?}: {}", err(&output));
+        }
+    }
+}
+
+#[test]
+fn help_states_the_defaults_of_every_policy_option() {
+    let help = out(&ok(run(&["generate", "--help"])));
+    for word in [
+        "[default: dense]",
+        "[default: 0.5sigma, 0.6 with --attention paper]",
+        "[default: mean, continuous with --attention paper]",
+        "[default: int8, f16 with --attention paper]",
+        "[default: sliding, block with --attention paper]",
+    ] {
+        assert!(help.contains(word), "{word}: {help}");
+    }
+}
+
+#[test]
+fn what_the_cache_holds_is_reported() {
+    let model = fixture("llama-64");
+    let text = "Anna put the red ball in the box. ".repeat(10);
+    let args = ["generate", &text, "--model", path(&model), "--device", "cpu", "-n", "3"];
+    let policy = ["--attention", "delta", "--page", "16", "--json", "--verbose", "--ignore-eos"];
+    let output = ok(run(&[&args[..], &policy].concat()));
+    let json = json(&output);
+    let cache = &json["cache"];
+    let length = json["prompt_ids"].as_array().expect("ids").len() as u64 + 2;
+    assert_eq!(cache["length"], length);
+    // 2 layers, 2 heads of 64 elements.
+    assert_eq!(cache["pages"], length / 16 * 4);
+    assert_eq!(cache["key_elements"], length / 16 * 4 * 16 * 64);
+    let number = |field: &str| cache[field].as_f64().expect(field);
+    let bits = 8.0 * number("bytes") / number("key_elements");
+    assert!((number("bits_per_key_element") - bits).abs() < 1e-9);
+    assert!((number("zeros") - number("zero_elements") / number("key_elements")).abs() < 1e-9);
+    assert!((number("sparsity") - 0.95 * number("zeros")).abs() < 1e-6);
+    assert!(cache["theta"]["min"].as_f64() <= cache["theta"]["mean"].as_f64());
+    let layers = cache["layers"].as_array().expect("layers");
+    let sum = |field: &str| -> u64 {
+        let heads = layers.iter().flat_map(|layer| layer["heads"].as_array().expect("heads"));
+        heads.map(|head| head[field].as_u64().expect(field)).sum()
+    };
+    for field in ["pages", "zero_elements", "bytes"] {
+        assert_eq!(cache[field], sum(field), "{field}");
+    }
+    for word in ["bits a key element", "sparsity", "theta", "KV head", "dense f16 takes"] {
+        assert!(err(&output).contains(word), "{word}: {}", err(&output));
+    }
+}
+
+#[test]
+fn a_session_is_saved_and_goes_on() {
+    let model = fixture("llama-64");
+    let dir = tempfile::tempdir().expect("directory");
+    let file = dir.path().join("story.session");
+    let on = |device: &str, more: &[&str]| {
+        let args = ["generate", "--model", path(&model), "--device", device, "--ignore-eos"];
+        run(&[&args[..], more].concat())
+    };
+    let text = "Anna put the red ball in the box. ".repeat(5);
+    let policy = ["--attention", "delta", "--page", "16", "--window", "16", "--json"];
+    let whole = ok(on("cpu", &[&[&text, "-n", "20"], &policy[..]].concat()));
+    let save = [&[&text, "-n", "8", "--save", path(&file)], &policy[..]].concat();
+    let first = ok(on("cpu", &save));
+    let ids = |output: &Output| json(output)["ids"].as_array().expect("ids").clone();
+    for device in ["cpu", "reference"] {
+        let then = ok(on(device, &["--load", path(&file), "-n", "12", "--json"]));
+        assert_eq!([ids(&first), ids(&then)].concat(), ids(&whole), "{device}");
+        assert_eq!(json(&then)["policy"], json(&first)["policy"], "{device}");
+        assert_eq!(json(&then)["context"], json(&first)["context"], "{device}");
+    }
+    // A prompt is appended, and what it made is saved in place of what was loaded.
+    let more = ["--load", path(&file), " Tom", "-n", "4", "--save", path(&file), "--json"];
+    let before = fs::metadata(&file).expect("file").len();
+    assert_eq!(ids(&ok(on("cpu", &more))).len(), 4);
+    assert!(fs::metadata(&file).expect("file").len() > before);
+
+    for options in [&["--sink", "3"][..], &["--policy", "dense"], &["--context", "9"], &["--echo"]]
+    {
+        let output = on("cpu", &[&["--load", path(&file)], options].concat());
+        assert_eq!(output.status.code(), Some(2), "{options:?}");
+        assert!(err(&output).contains(options[0]), "{options:?}: {}", err(&output));
+    }
+    let absent = dir.path().join("absent").join("session");
+    for (options, word) in [
+        (["--load", path(&absent)], "absent"),
+        (["--load", path(&model)], "not a regular file"),
+        (["--save", path(&absent)], "absent"),
+        (["--save", path(&model)], "not a regular file"),
+    ] {
+        let prompt = if options[0] == "--save" { &["x"][..] } else { &[] };
+        let output = on("cpu", &[prompt, &options].concat());
+        assert_eq!(output.status.code(), Some(1), "{options:?}");
+        assert!(err(&output).contains(word), "{options:?}: {}", err(&output));
+    }
+    let other = fixture("llama-32");
+    let args = ["generate", "--model", path(&other), "--device", "cpu", "--load", path(&file)];
+    assert!(err(&run(&args)).contains("head_dim=64"), "another model");
+}
+
+/// Its tags are well formed and closed.
+fn check_svg(picture: &str, name: &str) {
+    use svg::node::element::tag::Type;
+    use svg::parser::Event;
+    let mut open = Vec::new();
+    for event in svg::read(picture).expect(name) {
+        match event {
+            Event::Error(error) => panic!("{name}: {error}"),
+            Event::Tag(tag, Type::Start, _) => open.push(tag),
+            Event::Tag(tag, Type::End, _) => assert_eq!(open.pop(), Some(tag), "{name}"),
+            _ => {}
+        }
+    }
+    assert!(open.is_empty() && picture.contains("<svg"), "{name}: {open:?}");
+}
+
+#[test]
+fn inspect_draws_what_a_policy_does() {
+    let model = fixture("llama-64");
+    let dir = tempfile::tempdir().expect("directory");
+    let (prompt, to) = (dir.path().join("prompt.txt"), dir.path().join("a").join("b"));
+    fs::write(&prompt, "Anna put the red ball in the box. ".repeat(12)).expect("write");
+    let args = ["inspect", path(&model), "--prompt", path(&prompt), "--device", "cpu"];
+    let with = |more: &[&str]| run(&[&args[..], &["--out", path(&to)], more].concat());
+
+    let output = ok(with(&["--attention", "paper", "--page", "16", "--layer", "1", "--head", "3"]));
+    for word in ["policy", "zeros", "sparsity", "key element", "worst head", "  all"] {
+        assert!(out(&output).contains(word), "{word}: {}", out(&output));
+    }
+    let csv = fs::read_to_string(to.join("attention.csv")).expect("written");
+    let lines: Vec<Vec<&str>> = csv.lines().map(|line| line.split(',').collect()).collect();
+    // 2 layers of 4 query heads.
+    assert_eq!(lines.len(), 1 + 2 * 4);
+    for line in &lines[1..] {
+        assert_eq!(line.len(), lines[0].len(), "{line:?}");
+        let number = |name: &str| -> f64 {
+            let at = lines[0].iter().position(|field| *field == name).expect(name);
+            line[at].parse().unwrap_or_else(|_| panic!("{name}: {line:?}"))
+        };
+        assert!((0.0..1.0).contains(&number("zeros")), "{line:?}");
+        assert!((1.0..18.5).contains(&number("bits_per_key_element")), "{line:?}");
+        assert!((0.0..1.0).contains(&number("output_error")), "{line:?}");
+        assert_eq!(number("kv_head"), (number("head") / 2.0).floor(), "{line:?}");
+        assert!((number("largest_key_error") - 0.6).abs() < 0.01, "{line:?}");
+    }
+    for (name, words) in [
+        ("zeros.svg", ["KV head", "share of zeros"]),
+        ("deltas.svg", ["layer 1, KV head 1", "channel of the key"]),
+        ("attention.svg", ["layer 1, query head 3", "window: keys from"]),
+        ("error.svg", ["query head", "|o - dense|"]),
+    ] {
+        let picture = fs::read_to_string(to.join(name)).expect(name);
+        assert!(picture.len() < 1_000_000, "{name} has {} bytes", picture.len());
+        check_svg(&picture, name);
+        for word in words {
+            assert!(picture.contains(word), "{name}: {word}");
+        }
+    }
+
+    // Quantised keys have no deltas to draw; dense attention has no error but rounding.
+    let other = dir.path().join("other");
+    ok(run(&[&args[..], &["--out", path(&other), "--keys", "int8", "--page", "16"]].concat()));
+    assert!(!other.join("deltas.svg").exists() && other.join("error.svg").exists());
+    let output = ok(with(&["--cache", "f32"]));
+    assert!(err(&output).contains("keys are plain"), "{}", err(&output));
+
+    for (options, word) in [
+        (["--layer", "2"], "from 0 to 1"),
+        (["--head", "4"], "from 0 to 3"),
+        (["--prompt", "absent.txt"], "absent.txt"),
+    ] {
+        let args = [&args[..2], if options[0] == "--prompt" { &[] } else { &args[2..4] }].concat();
+        let output = run(&[&args[..], &options, &["--device", "cpu"]].concat());
+        assert_eq!(output.status.code(), Some(1), "{options:?}");
+        assert!(err(&output).contains(word), "{options:?}: {}", err(&output));
+    }
+}
+
+#[test]
+fn the_memory_plan_follows_the_policy() {
+    let model = fixture("llama-64");
+    let cache = |policy: &str| {
+        let args = ["inspect", path(&model), "--context", "1000", "--policy", policy];
+        let output = ok(run(&args));
+        let line =
+            out(&output).lines().find(|line| line.contains("cache ")).expect("cache").to_owned();
+        line
+    };
+    // 2 layers, 2 heads of 64 elements, f16: 512 kB each.
+    assert!(cache("dense").contains("keys 512.0 kB, values 512.0 kB"), "{}", cache("dense"));
+    let int4 = cache("values=int4");
+    assert!(int4.contains("keys 512.0 kB, values 144.0 kB"), "{int4}");
+    assert!(cache("delta").contains("keys at most"), "{}", cache("delta"));
 }
 
 #[test]

@@ -335,3 +335,206 @@ fn what_cannot_be_run_is_refused_and_changes_nothing() {
         session.evaluate(&[4; 5]).expect("the context to its last token");
     }
 }
+
+/// Policies whose caches differ in every part, with pages and windows that short texts fill.
+const POLICIES: [&str; 6] = [
+    "dense",
+    "exact=f32 values=int8",
+    "delta page=16 window=16 sink=2",
+    "paper theta=0.3 page=16 window=1 exact=f32",
+    "delta reference=anchored deltas=int4 theta=1sigma values=int4 page=32 window=20",
+    "keys=channel4 values=int8 page=16 window=40 sink=0",
+];
+
+fn compressed(model: &Model, policy: &str) -> Session {
+    let attention = policy.parse().expect(policy);
+    let options = SessionOptions { context: Some(400), attention };
+    Session::new(model, &options).expect(policy)
+}
+
+#[test]
+fn a_saved_session_continues_on_any_device() {
+    let golden = Golden::read("llama-64");
+    let prompt = &golden.ids("ids_300")[..130];
+    let dir = tempfile::tempdir().expect("directory");
+    let file = dir.path().join("session");
+    let models: Vec<_> = devices()
+        .into_iter()
+        .map(|(device, options)| (device, open("llama-64", &options)))
+        .collect();
+    for policy in POLICIES {
+        for (from, model) in &models {
+            let mut session = compressed(model, policy);
+            ids(&mut session, prompt, &greedy(9));
+            session.save(&file).expect("saved");
+            let (before, policy_before) = (session.tokens().to_vec(), *session.policy());
+            let statistics = session.statistics().expect("statistics");
+            let expected = ids(&mut session, &[], &greedy(24));
+            for (to, model) in &models {
+                let case = format!("{policy}: from {from} to {to}");
+                let mut loaded = Session::load(model, &file).expect(&case);
+                assert_eq!(loaded.tokens(), before, "{case}");
+                assert_eq!((*loaded.policy(), loaded.context()), (policy_before, 400), "{case}");
+                assert_eq!(loaded.statistics().expect("statistics"), statistics, "{case}");
+                assert_eq!(ids(&mut loaded, &[], &greedy(24)), expected, "{case}");
+            }
+        }
+    }
+}
+
+/// Saved anew, a session that was loaded is the same; one that was cut back has lost no text.
+#[test]
+fn a_session_survives_being_saved_at_any_point() {
+    let options = ModelOptions { device: deltallm::DeviceChoice::Cpu, ..Default::default() };
+    let (model, golden) = (open("llama-80", &options), Golden::read("llama-80"));
+    let text = golden.ids("ids_300");
+    let dir = tempfile::tempdir().expect("directory");
+    let file = dir.path().join("session");
+    for policy in POLICIES {
+        let mut empty = compressed(&model, policy);
+        empty.save(&file).expect("saved");
+        let mut session = Session::load(&model, &file).expect("loaded");
+        let expected = empty.evaluate(text).expect("prompt");
+        assert_eq!(session.evaluate(text).expect("prompt"), expected, "{policy}");
+        // Within what is kept of original keys, and far before it.
+        for length in [299, 280, 30, 1] {
+            session.truncate(length);
+            session.save(&file).expect("saved");
+            let mut loaded = Session::load(&model, &file).expect("loaded");
+            assert_eq!(loaded.tokens(), &text[..length], "{policy}");
+            let next = &text[length..(length + 7).min(300)];
+            let found = loaded.evaluate(next).expect("step");
+            assert_eq!(found, session.evaluate(next).expect("step"), "{policy}: {length}");
+            session = loaded;
+            session.truncate(length);
+        }
+    }
+}
+
+#[test]
+fn damaged_sessions_are_errors() {
+    let options = ModelOptions { device: deltallm::DeviceChoice::Cpu, ..Default::default() };
+    let (model, golden) = (open("llama-32", &options), Golden::read("llama-32"));
+    let dir = tempfile::tempdir().expect("directory");
+    let file = dir.path().join("session");
+    let mut session = compressed(&model, "delta page=16 window=16 sink=2 values=int4");
+    session.evaluate(&golden.ids("ids_300")[..100]).expect("prompt");
+    session.save(&file).expect("saved");
+    let whole = fs::read(&file).expect("written");
+    let header = 8 + u64::from_le_bytes(whole[..8].try_into().expect("eight bytes")) as usize;
+    let refuse = |bytes: &[u8], what: String| {
+        fs::write(&file, bytes).expect("write");
+        let error = Session::load(&model, &file).expect_err(&what).to_string();
+        assert!(error.contains(file.to_str().expect("UTF-8")), "{what}: {error}");
+    };
+    let everywhere = || (0..header).chain((header..whole.len()).step_by(61));
+    for length in everywhere().step_by(3) {
+        refuse(&whole[..length], format!("{length} of {} bytes", whole.len()));
+    }
+    for at in everywhere() {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 1 << (at % 8);
+        refuse(&damaged, format!("bit {} of byte {at}", at % 8));
+    }
+    refuse(&[&whole[..], &[0]].concat(), "a byte more".into());
+
+    fs::write(&file, &whole).expect("write");
+    assert_eq!(Session::load(&model, &file).expect("whole").tokens(), session.tokens());
+    let other = Session::load(&open("llama-64", &options), &file).expect_err("another model");
+    assert!(matches!(&other, Error::Config { field, .. } if field == "model"), "{other}");
+    for path in [dir.path(), &dir.path().join("absent")] {
+        let error = Session::load(&model, path).expect_err("no file").to_string();
+        assert!(error.contains(path.to_str().expect("UTF-8")), "{error}");
+    }
+    let error = session.save(dir.path()).expect_err("a directory");
+    assert!(matches!(error, Error::Malformed { .. }), "{error}");
+    assert_eq!(fs::read_dir(dir.path()).expect("directory").count(), 1, "nothing is left over");
+}
+
+#[test]
+fn statistics_count_what_the_policy_says() {
+    for (device, options) in devices() {
+        let (model, golden) = (open("llama-80", &options), Golden::read("llama-80"));
+        let prompt = &golden.ids("ids_300")[..150];
+        let count = |policy: &str| {
+            let mut session = compressed(&model, policy);
+            session.evaluate(prompt).expect("prompt");
+            (session.statistics().expect("statistics"), session.memory())
+        };
+        let config = model.config();
+        let (heads, head_dim) = (config.attention.kv_heads, config.attention.head_dim);
+        let dense_bytes = (150 * config.layers * 2 * heads * head_dim * 2) as u64;
+
+        let (dense, memory) = count("dense");
+        assert_eq!(dense.total().pages, 0, "{device}");
+        assert_eq!((dense.length, dense.dense_bytes), (150, dense_bytes), "{device}");
+        assert!(memory.keys + memory.values >= dense_bytes, "{device}: {memory:?}");
+
+        let (found, _) = count("keys=channel4 page=16");
+        assert_eq!(found.total().pages as usize, config.layers * heads * (150 / 16), "{device}");
+        assert_eq!(found.total().bits_per_element(), Some(4.0 + 32.0 / 16.0), "{device}");
+
+        // Every difference from the first key of a page on is kept, or next to none.
+        let (all, _) = count("delta theta=0 deltas=f16 page=16");
+        let (none, _) = count("delta theta=10000 deltas=f16 page=16");
+        let zeros =
+            |found: &deltallm::delta::CacheStatistics| found.total().zero_share().expect("deltas");
+        assert!(zeros(&all) < 0.05 && zeros(&none) == 1.0, "{device}: {}", zeros(&all));
+        let header = 16.0 / 16.0 + 1.0 + 0.2 + 96.0 / (16.0 * head_dim as f64);
+        let bits = none.total().bits_per_element().expect("elements");
+        assert!((1.0..=header + 0.3).contains(&bits), "{device}: {bits}");
+        assert_eq!(none.total().theta.map(|theta| theta.min), Some(10000.0), "{device}");
+    }
+}
+
+#[test]
+fn a_probe_gives_what_attention_sees() {
+    let golden = Golden::read("llama-64");
+    let prompt = golden.ids("ids_300");
+    let mut first = None;
+    for (device, options) in devices() {
+        let model = open("llama-64", &options);
+        let mut seen = Vec::new();
+        let cancel = deltallm::Cancel::default();
+        let traces = model.probe(prompt, &cancel, |n| seen.push(n)).expect("probe");
+        let config = model.config();
+        assert_eq!((traces.len(), seen.last()), (config.layers, Some(&300)), "{device}");
+        for trace in &traces {
+            assert_eq!(trace.tokens(), 300, "{device}");
+            assert_eq!(trace.queries.len(), 300 * config.attention.width(), "{device}");
+            assert_eq!(trace.values.len(), 300 * config.attention.kv_width(), "{device}");
+        }
+        let expected = first.get_or_insert_with(|| traces.clone());
+        for (found, expected) in traces.iter().zip(expected.iter()) {
+            let parts = [
+                (&found.queries, &expected.queries),
+                (&found.keys, &expected.keys),
+                (&found.values, &expected.values),
+            ];
+            for (found, expected) in parts {
+                let apart = found.iter().zip(expected).map(|(a, b)| (a - b).abs());
+                assert!(apart.fold(0.0, f32::max) < 1e-3, "{device}");
+            }
+        }
+
+        // What a session compresses is what the analysis on the host does.
+        let policy = "delta page=16 exact=f32".parse().expect("a policy");
+        let mut session = compressed(&model, "delta page=16 exact=f32");
+        session.evaluate(prompt).expect("prompt");
+        let counted = session.statistics().expect("statistics");
+        // Later layers see the approximation itself, the first does not.
+        let analysed = traces[0].analyse(&policy).expect("analysed");
+        for (head, analysed) in analysed.iter().enumerate() {
+            let (a, b) = (analysed.statistics, counted.heads[0][head]);
+            assert_eq!(a.elements, b.elements, "{device}");
+            let apart = a.zeros.abs_diff(b.zeros);
+            assert!(apart <= a.elements / 1000, "{device}: {apart} of {}", a.elements);
+        }
+        cancel.cancel();
+        assert!(matches!(model.probe(prompt, &cancel, |_| ()), Err(Error::Cancelled)));
+        let cancel = deltallm::Cancel::default();
+        assert!(matches!(model.probe(&[], &cancel, |_| ()), Err(Error::EmptyPrompt)));
+        let error = model.probe(&[9999], &cancel, |_| ()).expect_err("no such token");
+        assert!(matches!(error, Error::TokenOutOfRange { .. }), "{error}");
+    }
+}

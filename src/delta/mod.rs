@@ -17,6 +17,8 @@
 //! | `values` | [`encode_value`], [`decode_value`]: values to bytes and back |
 //! | `plain` | [`plain`]: the paper line by line in `f64`, which the pages are held against |
 //! | `image` | [`CacheImage`]: a layer's cache as bytes, to be saved and restored |
+//! | `statistics` | [`CacheStatistics`]: zeros, bits and bytes, counted from the pages |
+//! | `analysis` | [`LayerTrace`]: what a policy does to keys and attention of a text, on the host |
 //!
 //! # Pages
 //!
@@ -25,15 +27,18 @@
 //! decoding token by token and prefilling at once therefore give the same bits. It also means
 //! that a query sees the keys of its own page exactly, whatever the window: see [`ExactRule`].
 
+mod analysis;
 mod encode;
 mod image;
 mod level;
 mod page;
 pub mod plain;
 mod policy;
+mod statistics;
 mod values;
 mod window;
 
+pub use analysis::{CompressedHead, HeadAnalysis, LayerTrace};
 pub use encode::encode_page;
 pub use image::CacheImage;
 pub use page::{Page, PageLayout};
@@ -41,5 +46,6 @@ pub use policy::{
     AttentionPolicy, ChannelBits, DeltaFormat, DeltaKeys, KeyFormat, PrefillWindow, Reference,
     Threshold, ValueFormat, WindowShape,
 };
+pub use statistics::{CacheStatistics, PageStatistics, ThetaRange};
 pub use values::{decode_value, encode_value};
 pub use window::{ExactRule, Phase, Window};

@@ -7,6 +7,7 @@
 
 mod device;
 mod memory;
+mod probe;
 mod transformer;
 
 use std::ops::ControlFlow;

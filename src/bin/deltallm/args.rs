@@ -1,17 +1,15 @@
-//! The options of every command that runs a model.
+//! The options of every command that runs a model: which, and on which device.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use deltallm::backend::CacheFormat;
 use deltallm::checkpoint::synthetic::Synthetic;
-use deltallm::delta::AttentionPolicy;
 use deltallm::model::WeightFormat;
 use deltallm::{Cancel, DeviceChoice, Error, Model, ModelOptions};
 
 use crate::output::{load_bar, say};
 
-/// Which model, on which device, in which formats.
+/// Which model, on which device.
 #[derive(Args)]
 pub struct ModelArgs {
     /// Model directory: config.json, model.safetensors (or an index and shards), tokenizer.json.
@@ -19,6 +17,13 @@ pub struct ModelArgs {
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
 
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// On which device, in which format.
+#[derive(Args)]
+pub struct DeviceArgs {
     /// auto, gpu, cpu, reference, or part of an adapter's name as `deltallm devices` shows it
     #[arg(long, default_value_t)]
     pub device: DeviceChoice,
@@ -26,10 +31,6 @@ pub struct ModelArgs {
     /// Format of float weights on the device
     #[arg(long, value_enum, default_value_t = Weights::Stored)]
     pub weights: Weights,
-
-    /// Format of cached keys and values
-    #[arg(long, value_enum, default_value_t = Cache::F16)]
-    pub cache: Cache,
 
     /// Threads of the CPU backend [default: one a core]
     #[arg(long, value_name = "N")]
@@ -54,24 +55,6 @@ impl From<Weights> for WeightFormat {
     }
 }
 
-/// Format of the cache.
-#[derive(Clone, Copy, ValueEnum)]
-pub enum Cache {
-    /// Half precision
-    F16,
-    /// 32 bits, for comparing with other engines
-    F32,
-}
-
-impl From<Cache> for CacheFormat {
-    fn from(cache: Cache) -> Self {
-        match cache {
-            Cache::F16 => Self::F16,
-            Cache::F32 => Self::F32,
-        }
-    }
-}
-
 /// An open model, with the directory that it was made in if it was made up.
 pub struct OpenModel {
     pub model: Model,
@@ -82,20 +65,9 @@ pub struct OpenModel {
 }
 
 impl ModelArgs {
-    /// How keys and values are kept.
-    pub fn policy(&self) -> Result<AttentionPolicy, Error> {
-        Ok(AttentionPolicy::plain(self.cache.into()))
-    }
-
     /// Opens the model with a progress bar, and says on standard error what the user did not ask
     /// for: made-up weights, or the CPU.
     pub fn open(&self, cancel: &Cancel) -> Result<OpenModel, Error> {
-        let options = ModelOptions {
-            device: self.device.clone(),
-            weights: self.weights.into(),
-            threads: self.threads,
-            ..ModelOptions::default()
-        };
         let (dir, made_up) = match &self.model {
             Some(dir) => (dir.clone(), None),
             None => {
@@ -104,10 +76,7 @@ impl ModelArgs {
                 (made_up.path().to_owned(), Some(made_up))
             }
         };
-        let model = Model::open_with_progress(&dir, &options, load_bar(cancel))?;
-        if let Some(reason) = model.fallback() {
-            say!("{reason}: using the CPU ({})", model.device().driver);
-        }
+        let model = self.device.open(&dir, cancel)?;
         let name = match self.model {
             Some(_) => dir.display().to_string(),
             None => "random weights".to_owned(),
@@ -115,6 +84,24 @@ impl ModelArgs {
         // On Unix what is mapped outlives its name: nothing is left behind, however the program ends.
         let made_up = made_up.filter(|_| !cfg!(unix));
         Ok(OpenModel { model, name, _made_up: made_up })
+    }
+}
+
+impl DeviceArgs {
+    /// Opens the model in `dir` with a progress bar, and says so where it runs on the CPU although
+    /// that was not asked for.
+    pub fn open(&self, dir: &Path, cancel: &Cancel) -> Result<Model, Error> {
+        let options = ModelOptions {
+            device: self.device.clone(),
+            weights: self.weights.into(),
+            threads: self.threads,
+            ..ModelOptions::default()
+        };
+        let model = Model::open_with_progress(dir, &options, load_bar(cancel))?;
+        if let Some(reason) = model.fallback() {
+            say!("{reason}: using the CPU ({})", model.device().driver);
+        }
+        Ok(model)
     }
 }
 

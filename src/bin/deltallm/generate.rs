@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use deltallm::model::MemoryUse;
 use deltallm::{
@@ -12,12 +12,14 @@ use deltallm::{
 use serde_json::json;
 
 use crate::args::ModelArgs;
+use crate::attention_args::{AttentionArgs, OPTIONS};
+use crate::cache_report;
 use crate::output::{Failure, Outcome, bytes, say, stop_on_interrupt};
 
 /// Options of `generate`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The text to continue; `-` or nothing reads it from standard input
+    /// The text to continue; `-` reads it from standard input, as does nothing without --load
     prompt: Option<String>,
 
     /// Read the text to continue from a file
@@ -26,6 +28,15 @@ pub struct Args {
 
     #[command(flatten)]
     model: ModelArgs,
+
+    /// Write the session to a file at the end: the text with its keys and values
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
+
+    /// Go on with a session that --save has written, on whatever device; a prompt is appended to its
+    /// text. How keys and values are kept, and the context, are the file's
+    #[arg(long, value_name = "FILE", conflicts_with_all = OPTIONS.into_iter().chain(["context", "echo"]))]
+    load: Option<PathBuf>,
 
     /// Tokens that the text may have in all [default: 4096, or what prompt and --max-tokens need]
     #[arg(long, value_name = "N")]
@@ -78,25 +89,38 @@ pub struct Args {
     /// Print one JSON object at the end instead of the text
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    attention: AttentionArgs,
 }
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
     let sampling = args.sampling();
     sampling.check()?;
+    let policy = args.attention.policy()?;
+    args.check_save()?;
     let prompt = args.prompt()?;
     let cancel = Cancel::default();
     stop_on_interrupt(cancel.clone());
     let opened = args.model.open(&cancel)?;
     let model = &opened.model;
 
-    let ids = model.tokenizer().encode(&prompt)?;
-    let context = args.context.unwrap_or_else(|| {
-        let needed = ids.len().saturating_add(args.max_tokens);
-        needed.max(DEFAULT_CONTEXT).min(model.config().context)
-    });
-    let options = SessionOptions { context: Some(context), attention: args.model.policy()? };
-    let mut session = Session::new(model, &options)?;
+    let (ids, mut session) = match &args.load {
+        Some(path) => {
+            let ids = model.tokenizer().encode_continuation(&prompt)?;
+            (ids, Session::load(model, path)?)
+        }
+        None => {
+            let ids = model.tokenizer().encode(&prompt)?;
+            let context = args.context.unwrap_or_else(|| {
+                let needed = ids.len().saturating_add(args.max_tokens);
+                needed.max(DEFAULT_CONTEXT).min(model.config().context)
+            });
+            let options = SessionOptions { context: Some(context), attention: policy };
+            (ids, Session::new(model, &options)?)
+        }
+    };
     session.cancel_with(cancel);
 
     let options = GenerateOptions {
@@ -124,8 +148,12 @@ pub fn run(args: &Args) -> Outcome {
     let finish = generation.finish_reason().cloned().unwrap_or(FinishReason::Cancelled);
     let timings = generation.timings();
     let memory = session.memory();
+    let statistics = match args.json || args.verbose {
+        true => Some(session.statistics()?),
+        false => None,
+    };
     if args.json {
-        let object = json!({
+        let mut object = json!({
             "model": opened.name,
             "prompt_ids": ids,
             "ids": new_ids,
@@ -148,13 +176,23 @@ pub fn run(args: &Args) -> Outcome {
                 "activations": memory.activations,
                 "scratch": memory.scratch,
             },
+            "context": session.context(),
+            "policy": session.policy().to_string(),
         });
+        if let Some(statistics) = &statistics {
+            object["bytes"]["dense_f16"] = statistics.dense_bytes.into();
+            object["cache"] = cache_report::to_json(statistics);
+        }
         writeln!(out, "{object}")?;
     } else {
         writeln!(out)?;
     }
-    if args.verbose {
+    if let Some(statistics) = statistics.filter(|_| args.verbose) {
         report(model, &timings, &memory, session.context(), &finish);
+        cache_report::print(&statistics, &memory);
+    }
+    if let Some(path) = &args.save {
+        session.save(path)?;
     }
     match finish {
         FinishReason::Cancelled => Err(Failure::Interrupted),
@@ -180,11 +218,30 @@ impl Args {
         }
     }
 
+    /// Before the model is opened: a path that cannot be written should not cost a minute.
+    fn check_save(&self) -> Result<(), Error> {
+        let Some(path) = &self.save else { return Ok(()) };
+        let parent = match path.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        let found = fs::metadata(parent);
+        found.map_err(|source| Error::Io { path: parent.to_owned(), source })?;
+        if path.exists() && !path.is_file() {
+            let message = "exists and is not a regular file".into();
+            return Err(Error::Malformed { path: path.clone(), message });
+        }
+        Ok(())
+    }
+
     fn prompt(&self) -> Result<String, Error> {
         let (path, bytes) = match (&self.file, self.prompt.as_deref()) {
             (Some(path), _) => (path.clone(), fs::read(path)),
             (None, Some(text)) if text != "-" => return Ok(text.to_owned()),
             (None, _) => {
+                if self.load.is_some() && self.prompt.is_none() {
+                    return Ok(String::new());
+                }
                 if io::stdin().is_terminal() {
                     say!("reading the prompt from standard input; end it with Ctrl-D");
                 }

@@ -1,15 +1,18 @@
-//! `deltallm inspect`: what a model directory holds, without a device.
+//! `deltallm inspect`: what a model directory holds, without a device; with `--prompt`, what a policy
+//! does to the attention of a text.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
 use deltallm::checkpoint::{Checkpoint, ModelConfig, Ternary};
-use deltallm::delta::AttentionPolicy;
+use deltallm::delta::KeyFormat;
 use deltallm::model::plan_memory;
 use deltallm::{DEFAULT_CONTEXT, check_context};
 
-use crate::args::{Cache, Weights};
+use crate::args::DeviceArgs;
+use crate::attention_args::AttentionArgs;
+use crate::inspect_attention::{self, PromptArgs};
 use crate::output::{Outcome, bytes};
 
 /// Options of `inspect`.
@@ -22,21 +25,26 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     context: Option<usize>,
 
-    /// Format of float weights to count memory for
-    #[arg(long, value_enum, default_value_t = Weights::Stored)]
-    weights: Weights,
-
-    /// Format of cached keys and values to count memory for
-    #[arg(long, value_enum, default_value_t = Cache::F16)]
-    cache: Cache,
-
     /// List every tensor
     #[arg(long)]
     tensors: bool,
+
+    #[command(flatten)]
+    prompt: PromptArgs,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+
+    #[command(flatten)]
+    attention: AttentionArgs,
 }
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
+    let policy = args.attention.policy()?;
+    if let Some(prompt) = &args.prompt.prompt {
+        return inspect_attention::run(&args.dir, &args.device, &policy, prompt, &args.prompt);
+    }
     let checkpoint = Checkpoint::open(&args.dir)?;
     let mut out = io::stdout().lock();
     let config = &checkpoint.config;
@@ -64,16 +72,19 @@ pub fn run(args: &Args) -> Outcome {
 
     let embedding = checkpoint.tensors.get("model.embed_tokens.weight");
     let stored = embedding.map_or(2, |info| info.dtype.bitsize() / 8);
-    let policy = AttentionPolicy::plain(args.cache.into());
-    let plan = plan_memory(config, stored, args.weights.into(), context, &policy);
+    let plan = plan_memory(config, stored, args.device.weights.into(), context, &policy);
     writeln!(out, "memory         {} for {context} tokens", bytes(plan.total()))?;
     writeln!(out, "  weights      {}", bytes(plan.weights))?;
     let per_token = (plan.keys + plan.values) / context.max(1) as u64;
     writeln!(
         out,
-        "  cache        {}, {} a token",
+        "  cache        {}, {} a token: keys {}{}, values {}",
         bytes(plan.keys + plan.values),
-        bytes(per_token)
+        bytes(per_token),
+        // How many differences will be kept is not known before.
+        if matches!(policy.keys, KeyFormat::Delta(_)) { "at most " } else { "" },
+        bytes(plan.keys),
+        bytes(plan.values)
     )?;
     writeln!(out, "  activations  {}", bytes(plan.activations))?;
     Ok(())

@@ -8,6 +8,7 @@ use deltallm::{Cancel, Error};
 use serde_json::json;
 
 use crate::args::ModelArgs;
+use crate::attention_args::AttentionArgs;
 use crate::output::{Outcome, stop_on_interrupt, token_bar};
 
 /// Options of `logits`.
@@ -23,10 +24,14 @@ pub struct Args {
     /// File to write: safetensors with one f32 tensor `logits` [tokens, vocabulary]
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+
+    #[command(flatten)]
+    attention: AttentionArgs,
 }
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
+    let policy = args.attention.policy()?;
     let ids = read_ids(&args.ids)?;
     // Before the model is opened: a path that cannot be written should not cost a minute.
     let mut partial = Partial::create(&args.out)?;
@@ -38,7 +43,7 @@ pub fn run(args: &Args) -> Outcome {
 
     let bar = token_bar(ids.len());
     partial.write(&header(&[ids.len(), vocabulary]))?;
-    model.logits(&ids, &args.model.policy()?, &cancel, |rows| {
+    model.logits(&ids, &policy, &cancel, |rows| {
         bar.inc((rows.len() / vocabulary) as u64);
         let bytes: Vec<u8> = rows.iter().flat_map(|x| x.to_le_bytes()).collect();
         partial.write(&bytes)

@@ -1,9 +1,13 @@
 //! The command line: it parses, prints and exits; everything else is the library's.
 
 mod args;
+mod attention_args;
+mod cache_report;
 mod devices;
 mod generate;
+mod heat_map;
 mod inspect;
+mod inspect_attention;
 mod logits;
 mod output;
 
@@ -25,7 +29,8 @@ enum Command {
     Generate(generate::Args),
     /// List the GPUs with driver, limits and abilities, and say which would be chosen
     Devices(devices::Args),
-    /// Show a model directory: architecture, tensors, and the memory that a context needs
+    /// Show a model directory: architecture, tensors, and the memory that a context needs; with
+    /// --prompt, what the attention options do to each head
     Inspect(inspect::Args),
     /// Write the f32 logits of every position, to compare with other engines
     Logits(logits::Args),

@@ -1,11 +1,13 @@
 //! A text that a model continues: its cache, its sampling, and the pieces as they come.
 
+mod file;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::ModelConfig;
-use crate::delta::{AttentionPolicy, Phase};
+use crate::delta::{AttentionPolicy, CacheStatistics, Phase};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, LOGITS_CHUNK, MemoryUse, Model, Output, SessionShape};
 use crate::sampler::{Draws, SampleStep, Sampling, TokenSet};
@@ -174,6 +176,26 @@ impl Session {
     /// Bytes held on the device.
     pub fn memory(&self) -> MemoryUse {
         self.decoder.memory()
+    }
+
+    /// How keys and values are kept.
+    pub fn policy(&self) -> &AttentionPolicy {
+        &self.shape.policy
+    }
+
+    /// What the compressed keys are: zeros, bits, thresholds. Waits for the device and reads its
+    /// pages.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn statistics(&mut self) -> Result<CacheStatistics> {
+        let (policy, length) = (self.shape.policy, self.decoder.length());
+        let config = self.model.config();
+        let pages = match policy.is_dense() {
+            true => vec![Vec::new(); config.layers],
+            false => self.decoder.pages()?,
+        };
+        CacheStatistics::new(&policy, &config.attention, length, &pages)
     }
 
     /// A handle that stops this session from elsewhere.
@@ -358,7 +380,7 @@ pub fn check_context(context: usize, config: &ModelConfig) -> Result<()> {
     })
 }
 
-fn check_fits(needed: usize, limit: usize, model_limit: usize) -> Result<()> {
+pub(crate) fn check_fits(needed: usize, limit: usize, model_limit: usize) -> Result<()> {
     if needed > limit {
         return Err(Error::ContextFull { needed, limit, model_limit });
     }

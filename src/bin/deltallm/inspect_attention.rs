@@ -1,0 +1,368 @@
+//! `deltallm inspect DIR --prompt FILE`: what a policy does to the attention of a text, as a table,
+//! a CSV file and pictures.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use deltallm::backend::AttentionShape;
+use deltallm::delta::{
+    AttentionPolicy, CompressedHead, HeadAnalysis, LayerTrace, PageStatistics, Window,
+};
+use deltallm::{Cancel, Error};
+
+use crate::args::DeviceArgs;
+use crate::cache_report::percent;
+use crate::heat_map::{Axis, AxisKind, HeatMap, Outline, Scale};
+use crate::output::{Outcome, say, stop_on_interrupt, token_bar};
+
+/// Columns of the picture of kept deltas, at most.
+const DELTA_COLUMNS: usize = 360;
+/// Rows and columns of the attention map, at most.
+const MAP_CELLS: usize = 256;
+/// Weights below this look alike.
+const LEAST_WEIGHT: f64 = 1e-6;
+
+/// Options of `inspect` that need `--prompt`.
+#[derive(clap::Args)]
+pub struct PromptArgs {
+    /// Run the text of this file, and show what the attention options do to each head: a table, and
+    /// in --out a CSV file and pictures
+    #[arg(long, value_name = "FILE")]
+    pub prompt: Option<PathBuf>,
+
+    /// Directory for the CSV file and the pictures; made if it is not there
+    #[arg(long, value_name = "DIR", default_value = "inspect", requires = "prompt")]
+    out: PathBuf,
+
+    /// Layer whose kept deltas and attention are drawn
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "prompt")]
+    layer: usize,
+
+    /// Query head whose attention is drawn, and whose KV head's kept deltas are
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "prompt")]
+    head: usize,
+}
+
+/// What was found, and in which setting.
+struct Inspected<'a> {
+    policy: &'a AttentionPolicy,
+    shape: AttentionShape,
+    tokens: usize,
+    /// `[layers][G]`.
+    layers: Vec<Vec<HeadAnalysis>>,
+}
+
+/// Runs the prompt and writes everything.
+pub fn run(
+    dir: &Path,
+    device: &DeviceArgs,
+    policy: &AttentionPolicy,
+    prompt: &Path,
+    args: &PromptArgs,
+) -> Outcome {
+    let text = fs::read_to_string(prompt).map_err(io_error(prompt))?;
+    let cancel = Cancel::default();
+    stop_on_interrupt(cancel.clone());
+    let model = device.open(dir, &cancel)?;
+    let config = model.config();
+    in_range("layer", args.layer, config.layers)?;
+    in_range("head", args.head, config.attention.heads)?;
+    fs::create_dir_all(&args.out).map_err(io_error(&args.out))?;
+
+    let ids = model.tokenizer().encode(&text)?;
+    let bar = token_bar(ids.len());
+    let traces = model.probe(&ids, &cancel, |tokens| bar.set_position(tokens as u64))?;
+    bar.finish_and_clear();
+    let bar = token_bar(traces.len());
+    let mut layers = Vec::with_capacity(traces.len());
+    for trace in &traces {
+        if cancel.is_cancelled() {
+            return Err(Error::Cancelled.into());
+        }
+        layers.push(trace.analyse(policy)?);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let found = Inspected { policy, shape: config.attention, tokens: ids.len(), layers };
+
+    print_table(&found)?;
+    let mut written = vec![write(&args.out, "attention.csv", &to_csv(&found))?];
+    for (name, picture) in pictures(&found, &traces[args.layer], args)? {
+        written.push(write(&args.out, name, &picture.draw().to_string())?);
+    }
+    let names: Vec<String> = written.iter().map(|path| path.display().to_string()).collect();
+    say!("wrote {}", names.join(", "));
+    if policy.is_dense() {
+        say!("keys are plain: --attention delta, or --keys with a format, would compress them");
+    } else if ids.len() < policy.page {
+        say!("no page of {} tokens is full: nothing was compressed", policy.page);
+    }
+    Ok(())
+}
+
+fn in_range(name: &'static str, value: usize, count: usize) -> Result<(), Error> {
+    if value < count {
+        return Ok(());
+    }
+    let allowed = format!("must be from 0 to {}", count - 1);
+    Err(Error::Parameter { name, value: value.to_string(), allowed })
+}
+
+fn io_error(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { path, source }
+}
+
+fn write(dir: &Path, name: &str, content: &str) -> Result<PathBuf, Error> {
+    let path = dir.join(name);
+    fs::write(&path, content).map_err(io_error(&path))?;
+    Ok(path)
+}
+
+/// A line a layer, and one for all.
+fn print_table(found: &Inspected<'_>) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "policy  {}", found.policy)?;
+    writeln!(out, "tokens  {}", found.tokens)?;
+    writeln!(
+        out,
+        "\n{:>5}{:>9}{:>10}{:>15}{:>12}{:>12}{:>15}",
+        "", "", "", "bits a", "output", "error", "largest"
+    )?;
+    writeln!(
+        out,
+        "{:>5}{:>9}{:>10}{:>15}{:>12}{:>12}{:>15}",
+        "layer", "zeros", "sparsity", "key element", "mean", "worst head", "key error"
+    )?;
+    for (layer, heads) in found.layers.iter().enumerate() {
+        print_row(&mut out, found.policy, &layer.to_string(), heads)?;
+    }
+    print_row(&mut out, found.policy, "all", &found.layers.concat())
+}
+
+fn print_row(
+    out: &mut impl Write,
+    policy: &AttentionPolicy,
+    name: &str,
+    heads: &[HeadAnalysis],
+) -> io::Result<()> {
+    let statistics: PageStatistics = heads.iter().map(|head| head.statistics).sum();
+    let share = |share: Option<f64>| share.map_or("-".into(), percent);
+    let bits = statistics.bits_per_element().map_or("-".into(), |bits| format!("{bits:.2}"));
+    let errors = || heads.iter().flat_map(|head| head.output_errors.iter().copied());
+    let mean = errors().sum::<f64>() / errors().count().max(1) as f64;
+    writeln!(
+        out,
+        "{name:>5}{:>9}{:>10}{bits:>15}{mean:>12.2e}{:>12.2e}{:>15.4}",
+        share(statistics.zero_share()),
+        share(statistics.sparsity(policy)),
+        errors().fold(0.0, f64::max),
+        heads.iter().map(|head| head.key_error).fold(0.0, f32::max),
+    )
+}
+
+/// A line a layer and query head; what belongs to a KV head stands in each line of its group.
+fn to_csv(found: &Inspected<'_>) -> String {
+    let mut text = "layer,head,kv_head,pages,compressed_tokens,key_elements,zero_elements,zeros,\
+                    sparsity,bits_per_key_element,theta_min,theta_mean,theta_max,\
+                    largest_key_error,output_error,policy\n"
+        .to_owned();
+    // An empty field where there is no number.
+    let field = |x: Option<f64>| x.map_or(String::new(), |x| x.to_string());
+    for (layer, heads) in found.layers.iter().enumerate() {
+        for (kv_head, head) in heads.iter().enumerate() {
+            let s = &head.statistics;
+            let group = head.output_errors.len();
+            for (index, error) in head.output_errors.iter().enumerate() {
+                let fields = [
+                    layer.to_string(),
+                    (kv_head * group + index).to_string(),
+                    kv_head.to_string(),
+                    s.pages.to_string(),
+                    s.tokens.to_string(),
+                    s.elements.to_string(),
+                    s.theta.map_or(String::new(), |_| s.zeros.to_string()),
+                    field(s.zero_share()),
+                    field(s.sparsity(found.policy)),
+                    field(s.bits_per_element()),
+                    field(s.theta.map(|theta| theta.min.into())),
+                    field(s.theta.map(|theta| theta.mean())),
+                    field(s.theta.map(|theta| theta.max.into())),
+                    head.key_error.to_string(),
+                    error.to_string(),
+                    found.policy.to_string(),
+                ];
+                text += &fields.join(",");
+                text.push('\n');
+            }
+        }
+    }
+    text
+}
+
+/// The pictures and the names of their files: those of deltas only where keys are deltas.
+fn pictures(
+    found: &Inspected<'_>,
+    trace: &LayerTrace,
+    args: &PromptArgs,
+) -> Result<Vec<(&'static str, HeatMap)>, Error> {
+    let kv_head = args.head / (found.shape.heads / found.shape.kv_heads);
+    let compressed = trace.compress(found.policy, kv_head)?;
+    let mut pictures = Vec::new();
+    if found.layers.iter().flatten().any(|head| head.statistics.theta.is_some()) {
+        pictures.push(("zeros.svg", zeros(found)));
+    }
+    if let Some(picture) = kept(found, &compressed, args.layer, kv_head) {
+        pictures.push(("deltas.svg", picture));
+    }
+    pictures.push(("attention.svg", attention(found, trace, &compressed, args)?));
+    pictures.push(("error.svg", errors(found)));
+    Ok(pictures)
+}
+
+fn entries(label: &'static str) -> Axis {
+    Axis { label, kind: AxisKind::Entries }
+}
+
+fn positions(label: &'static str, end: usize) -> Axis {
+    Axis { label, kind: AxisKind::Positions(end) }
+}
+
+/// Height of a plot with a row a layer.
+fn layers_height(found: &Inspected<'_>) -> f64 {
+    (26.0 * found.layers.len() as f64).clamp(160.0, 700.0)
+}
+
+fn zeros(found: &Inspected<'_>) -> HeatMap {
+    let row = |heads: &Vec<HeadAnalysis>| -> Vec<Option<f64>> {
+        heads.iter().map(|head| head.statistics.zero_share()).collect()
+    };
+    let cells: Vec<_> = found.layers.iter().map(row).collect();
+    HeatMap {
+        title: format!("Zeros among the deltas of {} tokens", found.tokens),
+        subtitle: found.policy.to_string(),
+        x: entries("KV head"),
+        y: entries("layer"),
+        scale: Scale::of("share of zeros", &cells, percent),
+        cells,
+        outlines: Vec::new(),
+        height: layers_height(found),
+    }
+}
+
+fn errors(found: &Inspected<'_>) -> HeatMap {
+    let row = |heads: &Vec<HeadAnalysis>| -> Vec<Option<f64>> {
+        heads.iter().flat_map(|head| head.output_errors.iter().map(|e| Some(*e))).collect()
+    };
+    let cells: Vec<_> = found.layers.iter().map(row).collect();
+    HeatMap {
+        title: "Error of the attention output, relative to dense attention".to_owned(),
+        subtitle: found.policy.to_string(),
+        x: entries("query head"),
+        y: entries("layer"),
+        scale: Scale::of("|o - dense| / |dense|", &cells, |x| format!("{x:.1e}")),
+        cells,
+        outlines: Vec::new(),
+        height: layers_height(found),
+    }
+}
+
+/// Which deltas are kept: one cell a channel and stretch of tokens; `None` where keys are not
+/// deltas, or no page is full.
+fn kept(
+    found: &Inspected<'_>,
+    compressed: &CompressedHead,
+    layer: usize,
+    kv_head: usize,
+) -> Option<HeatMap> {
+    let layout = compressed.layout.filter(|layout| layout.delta().is_some())?;
+    let tokens = compressed.pages.len() * layout.tokens;
+    if tokens == 0 {
+        return None;
+    }
+    let stretch = tokens.div_ceil(DELTA_COLUMNS);
+    let row = |channel: usize| -> Vec<Option<f64>> {
+        let is_kept = |token: usize| {
+            compressed.pages[token / layout.tokens].is_kept(&layout, token % layout.tokens, channel)
+        };
+        let cell = |start: usize| {
+            let end = (start + stretch).min(tokens);
+            let kept = (start..end).filter(|&token| is_kept(token)).count();
+            Some(kept as f64 / (end - start) as f64)
+        };
+        (0..tokens).step_by(stretch).map(cell).collect()
+    };
+    let zeros = compressed.statistics().zero_share().map_or(String::new(), percent);
+    Some(HeatMap {
+        title: format!("Kept deltas of layer {layer}, KV head {kv_head}: {zeros} zeros"),
+        subtitle: found.policy.to_string(),
+        x: positions("token", tokens),
+        y: entries("channel of the key"),
+        cells: (0..found.shape.head_dim).map(row).collect(),
+        scale: Scale {
+            label: "share kept",
+            low: 0.0,
+            high: 1.0,
+            logarithmic: false,
+            write: |x| format!("{:.0}%", 100.0 * x),
+        },
+        outlines: Vec::new(),
+        height: (5.0 * found.shape.head_dim as f64).clamp(200.0, 640.0),
+    })
+}
+
+/// Where a query head looks, and which of the keys it sees are exact.
+fn attention(
+    found: &Inspected<'_>,
+    trace: &LayerTrace,
+    compressed: &CompressedHead,
+    args: &PromptArgs,
+) -> Result<HeatMap, Error> {
+    let cells = trace.attention_map(found.policy, args.head, MAP_CELLS)?;
+    let end = found.tokens as f64;
+    let rule = compressed.rule();
+    let mut outlines = Vec::new();
+    if rule.window != Window::Everything {
+        let sink = rule.sink.min(found.tokens);
+        outlines.push(Outline {
+            label: format!("sink: the first {sink} keys, left of this line, are exact"),
+            colour: "#d62728",
+            points: vec![(sink as f64, sink as f64), (sink as f64, end)],
+        });
+        // A step wherever the window moves, at most some hundreds of them.
+        let mut points = Vec::new();
+        for query in (0..found.tokens).step_by(found.tokens.div_ceil(400)) {
+            let start = rule.start(query) as f64;
+            if points.last().is_some_and(|&(x, _)| x != start) {
+                points.extend(points.last().map(|&(x, _)| (x, query as f64)));
+                points.push((start, query as f64));
+            } else if points.is_empty() {
+                points.push((start, 0.0));
+            }
+        }
+        points.extend(points.last().map(|&(x, _)| (x, end)));
+        outlines.push(Outline {
+            label: "window: keys from this line to the diagonal are exact".to_owned(),
+            colour: "#ff7f0e",
+            points,
+        });
+    }
+    let largest = cells.iter().flatten().flatten().fold(0.0, |max: f64, &x| max.max(x));
+    Ok(HeatMap {
+        title: format!("Attention of layer {}, query head {}", args.layer, args.head),
+        subtitle: found.policy.to_string(),
+        x: positions("key (position in tokens)", found.tokens),
+        y: positions("query (position in tokens)", found.tokens),
+        cells,
+        scale: Scale {
+            label: "mean weight",
+            low: LEAST_WEIGHT,
+            high: largest.max(10.0 * LEAST_WEIGHT),
+            logarithmic: true,
+            write: |x| format!("{x:.0e}"),
+        },
+        outlines,
+        height: 690.0,
+    })
+}
