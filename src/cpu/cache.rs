@@ -34,8 +34,7 @@ pub(super) struct Compressed {
     /// The first keys of the text, `[G, sinks, D]`.
     sink: Store,
     sinks: usize,
-    /// The last keys of the text, `[G, slots, D]`: key `n` in slot `n % slots`. Slots are whole
-    /// pages, so that the keys of a page are neighbours.
+    /// The last keys of the text, `[G, slots, D]`: key `n` in slot `n % slots`.
     recent: Store,
     slots: usize,
     /// `[G]`, each of the full pages.
@@ -153,14 +152,21 @@ impl Compressed {
     /// The original keys of a page, `[C, D]`, which must not be overwritten yet.
     pub(super) fn page_keys(&self, head: usize, page: usize) -> Vec<f32> {
         let PageLayout { tokens, head_dim, .. } = self.layout;
-        let at = (head * self.slots + page * tokens % self.slots) * head_dim;
-        match &self.recent {
-            Store::F32(all) => all[at..at + tokens * head_dim].to_vec(),
-            Store::F16(all) => {
-                let bits = &all[at..at + tokens * head_dim];
-                bits.iter().map(|&bits| f16::from_bits(bits).to_f32()).collect()
+        let mut keys = Vec::with_capacity(tokens * head_dim);
+        let (mut n, end) = (page * tokens, (page + 1) * tokens);
+        while n < end {
+            let (store, row, neighbours) = self.original(head, n);
+            let count = neighbours.min(end - n);
+            let range = row * head_dim..(row + count) * head_dim;
+            match store {
+                Store::F32(all) => keys.extend_from_slice(&all[range]),
+                Store::F16(all) => {
+                    keys.extend(all[range].iter().map(|&bits| f16::from_bits(bits).to_f32()));
+                }
             }
+            n += count;
         }
+        keys
     }
 
     /// Drops pages beyond the first `count` of each head.
