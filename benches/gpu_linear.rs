@@ -6,6 +6,8 @@
 //!
 //! Takes the fastest adapter, a software one where there is no other.
 
+mod reading;
+
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -16,6 +18,7 @@ use deltallm::backend::{
 use deltallm::checkpoint::{FloatType, MatrixSource};
 use deltallm::delta::Phase;
 use deltallm::gpu::{Gpu, GpuOptions, Select};
+use reading::Reader;
 
 /// Repetitions in one submission.
 const BATCH: u64 = 8;
@@ -130,98 +133,6 @@ fn many_tokens(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements((shape.rows * shape.cols * 64) as u64));
         let name = format!("{} {}", shape.name, shape.format.name());
         group.bench_function(name, |b| b.iter_custom(|count| products(&gpu, shape, 64, count)));
-    }
-}
-
-/// A kernel that reads a buffer and does nothing else.
-struct Reader {
-    device: wgpu::Device,
-    queue: wgpu::Queue,
-    pipeline: wgpu::ComputePipeline,
-    bind_group: wgpu::BindGroup,
-    workgroups: u32,
-}
-
-const READ: &str = "
-@group(0) @binding(0) var<storage, read> data: array<vec4<u32>>;
-@group(0) @binding(1) var<storage, read_write> out: array<u32>;
-
-@compute @workgroup_size(64)
-fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
-    var all = vec4<u32>();
-    for (var i = 0u; i < 16u; i++) {
-        all ^= data[(group.x * 16u + i) * 64u + lane];
-    }
-    // Never true of what is there, but a compiler cannot know.
-    if (all.x == 1u && all.y == 2u && all.z == 3u && all.w == 4u) {
-        out[0] = all.x;
-    }
-}
-";
-
-impl Reader {
-    fn new(bytes: u64) -> Self {
-        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-        descriptor.flags = wgpu::InstanceFlags::empty();
-        let instance = wgpu::Instance::new(descriptor);
-        let name = deltallm::gpu::adapters()[0].name.clone();
-        let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::PRIMARY));
-        let adapter = adapters.iter().find(|a| a.get_info().name == name).expect("the adapter");
-        let request = adapter.request_device(&wgpu::DeviceDescriptor::default());
-        let (device, queue) = pollster::block_on(request).expect("a device");
-        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
-            label: None,
-            source: wgpu::ShaderSource::Wgsl(READ.into()),
-        });
-        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-            label: None,
-            layout: None,
-            module: &module,
-            entry_point: Some("main"),
-            compilation_options: Default::default(),
-            cache: None,
-        });
-        let buffer = |size| {
-            let usage = wgpu::BufferUsages::STORAGE;
-            let mapped_at_creation = false;
-            device.create_buffer(&wgpu::BufferDescriptor {
-                label: None,
-                size,
-                usage,
-                mapped_at_creation,
-            })
-        };
-        let (data, out) = (buffer(bytes), buffer(16));
-        let bind_group = device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: None,
-            layout: &pipeline.get_bind_group_layout(0),
-            entries: &[
-                wgpu::BindGroupEntry { binding: 0, resource: data.as_entire_binding() },
-                wgpu::BindGroupEntry { binding: 1, resource: out.as_entire_binding() },
-            ],
-        });
-        let workgroups = (bytes / (16 * 64 * 16)) as u32;
-        Self { device, queue, pipeline, bind_group, workgroups }
-    }
-
-    fn time(&self, count: u64) -> Duration {
-        let start = Instant::now();
-        let mut left = count;
-        while left > 0 {
-            let batch = left.min(BATCH);
-            let mut encoder = self.device.create_command_encoder(&Default::default());
-            let mut pass = encoder.begin_compute_pass(&Default::default());
-            pass.set_pipeline(&self.pipeline);
-            pass.set_bind_group(0, &self.bind_group, &[]);
-            for _ in 0..batch {
-                pass.dispatch_workgroups(self.workgroups, 1, 1);
-            }
-            drop(pass);
-            self.queue.submit([encoder.finish()]);
-            left -= batch;
-        }
-        self.device.poll(wgpu::PollType::wait_indefinitely()).expect("done");
-        start.elapsed()
     }
 }
 

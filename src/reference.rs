@@ -1,8 +1,10 @@
 //! The yardstick: every operation in plain scalar Rust, written to be read beside the papers.
 //!
-//! [`Reference`] shares no code with the fast backends. Sums of floats run in `f64`, so that the
-//! distance of a backend from the reference is, to a very good approximation, that backend's own
-//! rounding error; [`crate::conformance`] compares the two. Sums of integers are exact `i32`.
+//! [`Reference`] shares no code with the fast backends but for the encoding of pages and values in
+//! [`crate::delta`], which must be the same to the bit and is held against [`crate::delta::plain`].
+//! Sums of floats run in `f64`, so that the distance of a backend from the reference is, to a very
+//! good approximation, that backend's own rounding error; [`crate::conformance`] compares the two.
+//! Sums of integers are exact `i32`.
 //!
 //! Shapes are written `[rows, columns]`, row-major, with `T` the tokens of the step, `H` query
 //! heads, `G` KV heads, `D` elements of a head, and `I` the width of the feed-forward layer.

@@ -36,6 +36,10 @@ const KEYS: [&str; 14] = [
 
 const HEAD_DIMS: [usize; 7] = [2, 32, 64, 80, 96, 128, 256];
 
+/// Tokens that a cache can hold which is cut, saved or restored; with steps of up to 32 tokens all
+/// have fewer slots than that.
+const CONTEXT: usize = 160;
+
 /// A case over drifting keys; `policy` is read as a user's.
 fn case(inputs: &mut Inputs, shape: AttentionShape, policy: &str, steps: Vec<StepOf>) -> Case {
     let tokens: usize = steps.iter().map(|step| step.rows).sum();
@@ -43,7 +47,7 @@ fn case(inputs: &mut Inputs, shape: AttentionShape, policy: &str, steps: Vec<Ste
         name: format!("{shape:?}, {tokens} tokens, {policy}"),
         shape,
         policy: policy.parse().expect("a policy of the table"),
-        table: no_turns(tokens + 1, shape.head_dim),
+        table: no_turns(CONTEXT.max(tokens + 1), shape.head_dim),
         qkv: drifting(inputs, shape, tokens),
         steps,
     };
@@ -322,7 +326,7 @@ fn truncated<B: Backend>(backend: &B) -> Result<Vec<Check>> {
 
             let want = straight.run(&Reference::new())?;
             let rule = straight.policy.rule(Phase::Decode);
-            let mut player = Player::new(backend, &straight, 160, 32)?;
+            let mut player = Player::new(backend, &straight, CONTEXT, 32)?;
             player.play(&detour, &decoding(&there))?;
             player.truncate(length)?;
             assert!(player.exact_from() <= rule.start(length), "slots of the table's case");
@@ -383,10 +387,10 @@ fn handed_over<A: Backend, B: Backend>(
     from: &A,
     to: &B,
 ) -> Result<Output> {
-    let mut player = Player::new(from, case, 160, 32)?;
+    let mut player = Player::new(from, case, CONTEXT, 32)?;
     player.play(case, first)?;
     let image = player.save()?;
-    let mut player = Player::new(to, case, 160, 32)?;
+    let mut player = Player::new(to, case, CONTEXT, 32)?;
     player.restore(&image)?;
     player.play(case, second)?;
     player.done()

@@ -70,6 +70,15 @@ impl<'a> Reader<'a> {
         let blocks = head_dim.div_ceil(BLOCK);
         let words = &self.pages[page].words;
         let bytes: &[u8] = bytemuck::cast_slice(words);
+        if let Some(next) = self.pages.get(page + 1) {
+            // Pages lie apart, and no processor foresees where the next one begins: ask for as large
+            // a part of it as is read of this one.
+            let next: &[u8] = bytemuck::cast_slice(&next.words);
+            let part = |token: usize| next.len() * token / layout.tokens;
+            for at in (part(first)..part(first + out.len() / blocks)).step_by(64) {
+                simd.prefetch(next, at);
+            }
+        }
         let fresh = self.page != Some(page);
         self.page = Some(page);
         let (row, rest) = state.split_at_mut(blocks);
@@ -357,9 +366,11 @@ mod tests {
                 let all: Vec<f32> =
                     pages.iter().flat_map(|page| page.reconstruct(&layout)).collect();
                 // At once; and in parts that skip tokens and cross pages.
-                let (c, odd) =
-                    (tokens, [3..5, 5..6, tokens - 3..tokens + 2, 2 * tokens + 7..3 * tokens]);
-                for ranges in [&[0..3 * c][..], &odd[..]] {
+                let (whole, odd) = (
+                    0..3 * tokens,
+                    [3..5, 5..6, tokens - 3..tokens + 2, 2 * tokens + 7..3 * tokens],
+                );
+                for ranges in [std::slice::from_ref(&whole), &odd[..]] {
                     let want: Vec<f32> = ranges
                         .iter()
                         .flat_map(|r| &all[r.start * head_dim..r.end * head_dim])

@@ -79,21 +79,26 @@ impl Quantised {
     ) {
         let at = first % self.piece * self.row;
         let rows = &self.heads[head][first / self.piece][at..][..count * self.row];
-        let half = |row: &[u8], at: usize| u16::from_le_bytes([row[at], row[at + 1]]);
         let blocks = self.head_dim.div_ceil(BLOCK);
         for (row, out) in rows.chunks_exact(self.row).zip(out.chunks_exact_mut(blocks)) {
             if self.format == ValueFormat::Int8 {
-                let scale = simd.splat_f16(half(row, self.head_dim));
+                let scale = simd.splat_f16(half_at(row, self.head_dim));
                 let row = Row::<Signed8>::new(&row[..self.head_dim], &[]);
                 row.scale_all(simd, scale, simd.splat(0.0), out);
             } else {
                 let bytes = self.head_dim.div_ceil(2);
-                let scale = simd.splat_f16(half(row, bytes));
-                let minimum = simd.splat_f16(half(row, bytes + 2));
+                let scale = simd.splat_f16(half_at(row, bytes));
+                let minimum = simd.splat_f16(half_at(row, bytes + 2));
                 Row::<Unsigned4>::new(&row[..bytes], &[]).scale_all(simd, scale, minimum, out);
             }
         }
     }
+}
+
+/// The bits of the `f16` at byte `at`.
+#[inline(always)]
+fn half_at(row: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([row[at], row[at + 1]])
 }
 
 /// Encodes a row with the bits of [`encode_value`](crate::delta::encode_value).
@@ -142,35 +147,34 @@ impl Kernel for Quantise<'_> {
                 (127.0, -127.0, f16::ZERO, scale)
             }
         };
-        let inverse = if scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
-        let (top, bottom) = (simd.splat(top), simd.splat(bottom));
-        let (minimum_all, inverse) = (simd.splat(minimum.to_f32()), simd.splat(inverse));
-        let levels = |block: usize| {
+        // Correctly rounded, a quotient is halfway between two levels only where `v` is: a level and
+        // a half has few bits. Whatever is divided by infinity is level 0.
+        let divisor = if scale > f16::ZERO { scale.to_f32() } else { f32::INFINITY };
+        let minimum_all = simd.splat(minimum.to_f32());
+        let (divisor, top, bottom) = (simd.splat(divisor), simd.splat(top), simd.splat(bottom));
+        let int4 = format == ValueFormat::Int4;
+        let bytes = if int4 { head_dim.div_ceil(2) } else { head_dim };
+        let (place, scales) = place.split_at_mut(bytes);
+        for (block, place) in place.chunks_mut(if int4 { BLOCK / 2 } else { BLOCK }).enumerate() {
             let mut levels = [0; BLOCK];
             for i in 0..BLOCK / S::LANES {
-                let v = simd.mul(simd.sub(row.load(simd, block, i), minimum_all), inverse);
+                let v = simd.div(simd.sub(row.load(simd, block, i), minimum_all), divisor);
                 simd.store_i8(&mut levels, i, simd.min(top, simd.max(bottom, v)));
             }
-            levels
-        };
-        if format == ValueFormat::Int4 {
-            let (place, scales) = place.split_at_mut(head_dim.div_ceil(2));
-            for (block, place) in place.chunks_mut(BLOCK / 2).enumerate() {
-                let mut levels = levels(block);
+            if int4 {
                 // Beyond an odd row's end.
                 levels[(head_dim - block * BLOCK).min(BLOCK)..].fill(0);
-                for (place, pair) in place.iter_mut().zip(levels.chunks_exact(2)) {
-                    *place = pair[0] as u8 | (pair[1] as u8) << 4;
+                let pairs = levels.as_chunks::<2>().0;
+                for (place, [low, high]) in place.iter_mut().zip(pairs) {
+                    *place = *low as u8 | (*high as u8) << 4;
                 }
+            } else {
+                copy(bytemuck::cast_ref(&levels), place);
             }
-            scales[..2].copy_from_slice(&scale.to_le_bytes());
+        }
+        scales[..2].copy_from_slice(&scale.to_le_bytes());
+        if int4 {
             scales[2..].copy_from_slice(&minimum.to_le_bytes());
-        } else {
-            let (place, scales) = place.split_at_mut(head_dim);
-            for (block, place) in place.chunks_mut(BLOCK).enumerate() {
-                copy(&levels(block).map(|level| level as u8), place);
-            }
-            scales.copy_from_slice(&scale.to_le_bytes());
         }
     }
 }
@@ -216,8 +220,14 @@ mod tests {
                         for (n, place) in places.into_iter().enumerate() {
                             let scale = [0.0, 1e-7, 1.0, 3e4][n % 4] * (1 + head) as f32;
                             let shift = [0.5, 0.0, 1.0][n % 3];
-                            let row: Vec<f32> =
-                                (0..head_dim).map(|_| scale * (draws.draw() - shift)).collect();
+                            let row: Vec<f32> = (0..head_dim)
+                                .map(|_| scale * (draws.draw() - shift) + 0.0)
+                                .collect();
+                            // In f16, exact ties between levels are common.
+                            let row: Vec<f32> = match n % 2 {
+                                0 => row,
+                                _ => row.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
+                            };
                             let mut bytes = Vec::new();
                             encode_value(format, exact, &row, &mut bytes);
                             level.run(Quantise { format, row: Blocks::new(&row), place });

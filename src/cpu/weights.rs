@@ -146,12 +146,15 @@ impl<'a, W: Weight> Row<'a, W> {
         minimum: S::Floats,
         out: &mut [[f32; BLOCK]],
     ) {
-        let rest = self.rest();
-        let raw = self.whole.iter().chain((!self.is_whole()).then_some(&rest));
-        for (raw, out) in raw.zip(out) {
+        for (raw, out) in self.whole.iter().zip(&mut *out) {
             for i in 0..BLOCK / S::LANES {
-                let x = simd.fma(W::load(simd, raw, 0, i), scale, minimum);
-                simd.store(out, i, x);
+                simd.store(out, i, simd.fma(W::load(simd, raw, 0, i), scale, minimum));
+            }
+        }
+        if let (false, Some(out)) = (self.is_whole(), out.get_mut(self.whole.len())) {
+            let raw = self.rest();
+            for i in 0..BLOCK / S::LANES {
+                simd.store(out, i, simd.fma(W::load(simd, &raw, 0, i), scale, minimum));
             }
         }
     }
@@ -165,12 +168,19 @@ impl<'a, W: Weight> Row<'a, W> {
         minimum: &[[f32; BLOCK]],
         out: &mut [[f32; BLOCK]],
     ) {
-        let rest = self.rest();
-        let raw = self.whole.iter().chain((!self.is_whole()).then_some(&rest));
-        for (((raw, out), scale), minimum) in raw.zip(out).zip(scale).zip(minimum) {
+        let columns = scale.iter().zip(minimum);
+        for ((raw, out), (scale, minimum)) in self.whole.iter().zip(&mut *out).zip(columns) {
             for i in 0..BLOCK / S::LANES {
                 let (scale, minimum) = (simd.load(scale, i), simd.load(minimum, i));
                 simd.store(out, i, simd.fma(W::load(simd, raw, 0, i), scale, minimum));
+            }
+        }
+        let last = self.whole.len();
+        if let (false, Some(out)) = (self.is_whole(), out.get_mut(last)) {
+            let raw = self.rest();
+            for i in 0..BLOCK / S::LANES {
+                let (scale, minimum) = (simd.load(&scale[last], i), simd.load(&minimum[last], i));
+                simd.store(out, i, simd.fma(W::load(simd, &raw, 0, i), scale, minimum));
             }
         }
     }

@@ -279,13 +279,12 @@ impl AttentionPolicy {
         decode.max(self.prefill_window(context)).max(self.page).min(context)
     }
 
-    /// Original keys that are kept beside the sink, where keys are compressed: the widest window, a
-    /// step of `rows` tokens, and the page that it begins in; a whole number of pages.
+    /// Original keys that are kept beside the sink, where keys are compressed: the widest window of
+    /// the first token of a step, and the `rows` tokens of the step.
     ///
     /// Key `n` beyond the sink lies in slot `n % recent_slots` until it is overwritten.
     pub fn recent_slots(&self, context: usize, rows: usize) -> usize {
-        let slots = self.widest_window(context) + rows + self.page;
-        slots.min(context).next_multiple_of(self.page)
+        (self.widest_window(context) + rows).min(context)
     }
 
     /// Bytes that the keys of one layer and KV head can take at most, `context` tokens in steps of

@@ -10,9 +10,9 @@
 //! | original keys, if compressed | `[G][sink + recent][D padded to 4]`, a ring behind the sink |
 //! | page segment | one word that counts delta words in use; headers `[page][G]`; deltas |
 //!
-//! How many deltas a page keeps is known to the device first. The host reads the counts back once a
-//! page is complete, along with the next step, and makes a new segment before the worst case would
-//! not fit.
+//! How many deltas a page keeps is known to the device first. The host reads the counts back with the
+//! step after; until then it assumes the worst, and asks at once only where a segment is so full
+//! that it makes a difference.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -147,10 +147,30 @@ pub(super) struct PageSegment {
     pub deltas: usize,
     /// Words of deltas that there is room for.
     pub delta_capacity: usize,
-    /// Words of deltas that may be in use: what the device has reported, and for pages since then
-    /// the worst case.
-    pub reserved: Arc<AtomicU32>,
+    pub filled: Arc<Filled>,
     pub buffer: Buffer,
+}
+
+/// What the device has reported of a segment: its first `pages` take so many words of deltas.
+#[derive(Default)]
+pub(super) struct Filled {
+    pages: AtomicU32,
+    words: AtomicU32,
+}
+
+impl Filled {
+    pub(super) fn set(&self, pages: usize, words: u32) {
+        self.pages.store(pages as u32, Ordering::Relaxed);
+        self.words.store(words, Ordering::Relaxed);
+    }
+
+    pub(super) fn pages(&self) -> usize {
+        self.pages.load(Ordering::Relaxed) as usize
+    }
+
+    pub(super) fn words(&self) -> usize {
+        self.words.load(Ordering::Relaxed) as usize
+    }
 }
 
 /// Where a range of keys lies.
@@ -283,35 +303,34 @@ impl Compressed {
         kv_heads * (self.layout.max_words() - self.layout.header_words())
     }
 
-    /// How many of the next `wanted` pages can be encoded into the last segment, for which room is
-    /// reserved; a new one is made where there is none. `left` pages may come at most, `batch` in
-    /// one step.
-    pub(super) fn reserve(
-        &mut self,
-        device: &Device,
-        kv_heads: usize,
-        wanted: usize,
-        left: usize,
-        batch: usize,
-    ) -> Result<usize> {
+    /// How many of the next `wanted` pages have room in the last segment, whatever they keep.
+    pub(super) fn room(&self, kv_heads: usize, wanted: usize) -> usize {
+        let Some(last) = self.segments.last() else {
+            return 0;
+        };
         let most = self.most_deltas(kv_heads);
-        if let Some(last) = self.segments.last() {
-            let headers = last.first + last.capacity - self.pages;
-            let reserved = last.reserved.load(Ordering::Relaxed) as usize;
-            let deltas = (last.delta_capacity - reserved).checked_div(most).unwrap_or(wanted);
-            let count = wanted.min(headers).min(deltas);
-            if count > 0 {
-                last.reserved.fetch_add((count * most) as u32, Ordering::Relaxed);
-                return Ok(count);
-            }
-        }
+        let headers = last.first + last.capacity - self.pages;
+        let free = last.delta_capacity - last.filled.words() - self.unknown() * most;
+        wanted.min(headers).min(free.checked_div(most).unwrap_or(wanted))
+    }
+
+    /// Pages of the last segment of which the device has not reported yet what they keep: of them
+    /// the worst is assumed.
+    pub(super) fn unknown(&self) -> usize {
+        let counted = |last: &PageSegment| self.pages - last.first - last.filled.pages();
+        self.segments.last().filter(|_| self.layout.delta().is_some()).map_or(0, counted)
+    }
+
+    /// Makes a segment for the next pages, of which `left` may come at most.
+    pub(super) fn grow(&mut self, device: &Device, kv_heads: usize, left: usize) -> Result<()> {
+        let most = self.most_deltas(kv_heads);
         let header = kv_heads * self.layout.header_words();
         let first_pages = FIRST_SEGMENT / self.layout.tokens;
         let fit = (device.max_binding as usize / 4 - 1) / (header + most);
         let capacity = (self.pages / 2).max(first_pages).min(left).min(fit).max(1);
-        // As many deltas a page as so far, or half of all; and the worst case of a step.
+        // As many deltas a page as so far, or half of all; and for the last page the worst case.
         let usual = self.usual_deltas().unwrap_or(most / 2);
-        let delta_capacity = (capacity * usual + batch.min(capacity) * most).min(capacity * most);
+        let delta_capacity = (capacity * usual + most).min(capacity * most);
         let deltas = 1 + capacity * header;
         let what = "the compressed keys of a layer";
         let buffer = device.storage(what, 4 * (deltas + delta_capacity) as u64)?;
@@ -320,17 +339,17 @@ impl Compressed {
             capacity,
             deltas,
             delta_capacity,
-            reserved: Arc::default(),
+            filled: Arc::default(),
             buffer,
         });
-        self.reserve(device, kv_heads, wanted, left, batch)
+        Ok(())
     }
 
     /// Words of deltas that a page has taken so far, and a twentieth more.
     fn usual_deltas(&self) -> Option<usize> {
-        let words: usize =
-            self.segments.iter().map(|s| s.reserved.load(Ordering::Relaxed) as usize).sum();
-        (self.pages > 0).then(|| words * 21 / 20 / self.pages)
+        let sum = |of: fn(&Filled) -> usize| self.segments.iter().map(|s| of(&s.filled)).sum();
+        let (words, pages): (usize, usize) = (sum(Filled::words), sum(Filled::pages));
+        (words * 21 / 20).checked_div(pages)
     }
 }
 

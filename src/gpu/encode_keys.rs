@@ -1,10 +1,9 @@
 //! `encode_keys`: compresses the pages of keys that a step has completed.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::buffer::Buffer;
-use super::cache::{Cache, PageKeys, PageKind, PageSegment};
+use super::cache::{Cache, Filled, PageKeys, PageKind, PageSegment};
 use super::device::Device;
 use super::recorder::Recorder;
 use super::shader::{
@@ -57,16 +56,23 @@ pub(super) fn program(exact: CacheFormat, pages: PageKind, head_dim: u32) -> Pro
 impl Stream {
     pub(super) fn encode_pages(&mut self, cache: &mut Cache) -> Result<()> {
         let (kv_heads, sink) = (cache.shape.kv_heads, cache.policy.sink);
-        let (length, context, rows) = (cache.length, cache.context, cache.rows);
+        let (length, context) = (cache.length, cache.context);
         let Some(compressed) = &mut cache.compressed else {
             return Ok(());
         };
         let page = compressed.layout.tokens;
-        let batch = rows.div_ceil(page);
         while compressed.pages < length / page {
             let wanted = length / page - compressed.pages;
-            let left = context / page - compressed.pages;
-            let count = compressed.reserve(&self.device, kv_heads, wanted, left, batch)?;
+            let count = compressed.room(kv_heads, wanted);
+            if count == 0 {
+                if compressed.unknown() > 0 {
+                    self.usage.settle(&mut self.recorder)?;
+                } else {
+                    let left = context / page - compressed.pages;
+                    compressed.grow(&self.device, kv_heads, left)?;
+                }
+                continue;
+            }
             let Some(segment) = compressed.segments.last() else {
                 return Err(self.fault("encode_keys", "there is no room for pages"));
             };
@@ -109,7 +115,8 @@ impl Stream {
                     let buffers = [&compressed.originals, &segment.buffer, &compressed.carry];
                     let grid = [count / loops, kv_heads, 1];
                     self.recorder.dispatch(kernel, &params, &buffers, grid)?;
-                    self.usage.report(&self.device, &mut self.recorder, segment)?;
+                    let pages = compressed.pages + count - segment.first;
+                    self.usage.report(&self.device, &mut self.recorder, segment, pages)?;
                 }
             }
             compressed.pages += count;
@@ -123,23 +130,25 @@ impl Stream {
 pub(super) struct Usage {
     /// Where the counts are copied to, in the order of the reports.
     readback: Option<Buffer>,
-    /// Whose counts they are.
-    reports: Vec<Arc<AtomicU32>>,
+    /// Whose counts they are, and over how many pages.
+    reports: Vec<(Arc<Filled>, usize)>,
 }
 
-/// Counts of one step. A cache whose count has no place goes on with the worst case.
+/// Counts that are read at a time.
 const REPORTS: usize = 1024;
 
 impl Usage {
-    /// Records that a segment's count is to be copied once the step is done.
+    /// Records that a segment's count, over its first `pages`, is to be copied once the step is
+    /// done.
     fn report(
         &mut self,
         device: &Device,
         recorder: &mut Recorder,
         segment: &PageSegment,
+        pages: usize,
     ) -> Result<()> {
         if self.reports.len() == REPORTS {
-            return Ok(());
+            self.settle(recorder)?;
         }
         let readback = match self.readback.take() {
             Some(readback) => readback,
@@ -150,7 +159,7 @@ impl Usage {
         };
         let place = 4 * self.reports.len() as u64;
         recorder.copy((&segment.buffer, 0), (&readback, place), 4);
-        self.reports.push(Arc::clone(&segment.reserved));
+        self.reports.push((Arc::clone(&segment.filled), pages));
         self.readback = Some(readback);
         Ok(())
     }
@@ -167,8 +176,8 @@ impl Usage {
         };
         let bytes = recorder.read(readback, 4 * self.reports.len() as u64)?;
         let counts = bytes.as_chunks().0.iter().copied().map(u32::from_le_bytes);
-        for (report, count) in self.reports.drain(..).zip(counts) {
-            report.store(count, Ordering::Relaxed);
+        for ((filled, pages), words) in self.reports.drain(..).zip(counts) {
+            filled.set(pages, words);
         }
         Ok(())
     }

@@ -1,7 +1,5 @@
 //! A cache read back to the host, cut, and restored.
 
-use std::sync::atomic::Ordering;
-
 use super::cache::{Cache, Compressed, PageSegment, TokenSegment, ValueStore};
 use super::stream::Stream;
 use crate::delta::{CacheImage, Page, Reference};
@@ -53,7 +51,7 @@ impl Stream {
             None => 0,
         };
         let used = headers.chunks_exact(layout.header_words()).map(end).max().unwrap_or(0);
-        segment.reserved.store(used, Ordering::Relaxed);
+        segment.filled.set(compressed.pages - segment.first, used);
         self.device.write(&segment.buffer, 0, &used.to_le_bytes())
     }
 
@@ -202,7 +200,7 @@ impl Stream {
         self.usage.settle(&mut self.recorder)?;
         cache.reserve(image.length)?;
         cache.length = image.length;
-        let kv_heads = cache.shape.kv_heads;
+        let (kv_heads, context) = (cache.shape.kv_heads, cache.context);
         let key_bytes = cache.shape.head_dim * cache.policy.exact.bytes();
         let key_stride = cache.padded_dim() * cache.policy.exact.bytes();
         let slots = original_slots(cache, image.exact_from);
@@ -246,9 +244,8 @@ impl Stream {
                 self.device.write(buffer, 0, &keys)?;
             }
         }
-        let (context, rows) = (cache.context, cache.rows);
         if let Some(compressed) = &mut cache.compressed {
-            self.restore_pages(compressed, image, context, rows)?;
+            self.restore_pages(compressed, image, context)?;
             self.rewind_chain(compressed, kv_heads)?;
         }
         Ok(())
@@ -259,21 +256,21 @@ impl Stream {
         compressed: &mut Compressed,
         image: &CacheImage,
         context: usize,
-        rows: usize,
     ) -> Result<()> {
         let (layout, kv_heads) = (compressed.layout, image.pages.len());
         let pages = image.length / layout.tokens;
         while compressed.pages < pages {
             let wanted = pages - compressed.pages;
-            let left = context / layout.tokens - compressed.pages;
-            let batch = rows.div_ceil(layout.tokens);
-            let count = compressed.reserve(&self.device, kv_heads, wanted, left, batch)?;
+            let count = compressed.room(kv_heads, wanted);
+            if count == 0 {
+                let left = context / layout.tokens - compressed.pages;
+                compressed.grow(&self.device, kv_heads, left)?;
+                continue;
+            }
             let Some(segment) = compressed.segments.last() else {
                 return Err(self.fault("restoring pages", "there is no room"));
             };
-            // Whatever the segment held from before ends where these deltas begin.
-            let worst = count * kv_heads * (layout.max_words() - layout.header_words());
-            let mut used = segment.reserved.load(Ordering::Relaxed) as usize - worst;
+            let mut used = segment.filled.words();
             let (begin, mut headers, mut deltas) = (used, Vec::new(), Vec::<u32>::new());
             for page in compressed.pages..compressed.pages + count {
                 for pages in &image.pages {
@@ -293,8 +290,8 @@ impl Stream {
             self.device.write(buffer, at(1 + header), bytemuck::cast_slice(&headers))?;
             self.device.write(buffer, at(segment.deltas + begin), bytemuck::cast_slice(&deltas))?;
             self.device.write(buffer, 0, &(used as u32).to_le_bytes())?;
-            segment.reserved.store(used as u32, Ordering::Relaxed);
             compressed.pages += count;
+            segment.filled.set(compressed.pages - segment.first, used as u32);
         }
         Ok(())
     }
