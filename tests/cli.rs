@@ -446,9 +446,8 @@ fn the_memory_plan_follows_the_policy() {
     let cache = |policy: &str| {
         let args = ["inspect", path(&model), "--context", "1000", "--policy", policy];
         let output = ok(run(&args));
-        let line =
-            out(&output).lines().find(|line| line.contains("cache ")).expect("cache").to_owned();
-        line
+        let text = out(&output);
+        text.lines().find(|line| line.contains("cache ")).expect("cache").to_owned()
     };
     // 2 layers, 2 heads of 64 elements, f16: 512 kB each.
     assert!(cache("dense").contains("keys 512.0 kB, values 512.0 kB"), "{}", cache("dense"));

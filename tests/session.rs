@@ -355,7 +355,7 @@ fn compressed(model: &Model, policy: &str) -> Session {
 #[test]
 fn a_saved_session_continues_on_any_device() {
     let golden = Golden::read("llama-64");
-    let prompt = &golden.ids("ids_300")[..130];
+    let prompt = &golden.ids("ids_300")[..90];
     let dir = tempfile::tempdir().expect("directory");
     let file = dir.path().join("session");
     let models: Vec<_> = devices()
@@ -363,20 +363,21 @@ fn a_saved_session_continues_on_any_device() {
         .map(|(device, options)| (device, open("llama-64", &options)))
         .collect();
     for policy in POLICIES {
-        for (from, model) in &models {
+        for (index, (from, model)) in models.iter().enumerate() {
             let mut session = compressed(model, policy);
-            ids(&mut session, prompt, &greedy(9));
+            ids(&mut session, prompt, &greedy(5));
             session.save(&file).expect("saved");
             let (before, policy_before) = (session.tokens().to_vec(), *session.policy());
             let statistics = session.statistics().expect("statistics");
-            let expected = ids(&mut session, &[], &greedy(24));
-            for (to, model) in &models {
+            let expected = ids(&mut session, &[], &greedy(12));
+            // On the same device, and on the next: every one is come from and gone to.
+            for (to, model) in [&models[index], &models[(index + 1) % models.len()]] {
                 let case = format!("{policy}: from {from} to {to}");
                 let mut loaded = Session::load(model, &file).expect(&case);
                 assert_eq!(loaded.tokens(), before, "{case}");
                 assert_eq!((*loaded.policy(), loaded.context()), (policy_before, 400), "{case}");
                 assert_eq!(loaded.statistics().expect("statistics"), statistics, "{case}");
-                assert_eq!(ids(&mut loaded, &[], &greedy(24)), expected, "{case}");
+                assert_eq!(ids(&mut loaded, &[], &greedy(12)), expected, "{case}");
             }
         }
     }
@@ -427,7 +428,7 @@ fn damaged_sessions_are_errors() {
         let error = Session::load(&model, &file).expect_err(&what).to_string();
         assert!(error.contains(file.to_str().expect("UTF-8")), "{what}: {error}");
     };
-    let everywhere = || (0..header).chain((header..whole.len()).step_by(61));
+    let everywhere = || (0..header).chain((header..whole.len()).step_by(307));
     for length in everywhere().step_by(3) {
         refuse(&whole[..length], format!("{length} of {} bytes", whole.len()));
     }

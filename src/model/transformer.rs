@@ -246,19 +246,18 @@ impl<B: Backend> super::Engine for Transformer<B> {
 
     fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>> {
         let ModelConfig { attention, vocabulary, layers, .. } = self.config;
-        if self.backend.device().kind == DeviceKind::Cpu {
-            let plan = super::plan_memory(
-                &self.config,
-                4,
-                WeightFormat::Stored,
-                shape.context,
-                &shape.policy,
-            );
-            let what = format!("a context of {} tokens", shape.context);
+        let plan =
+            super::plan_memory(&self.config, 4, WeightFormat::Stored, shape.context, &shape.policy);
+        let (what, needed) = if self.backend.device().kind == DeviceKind::Cpu {
             let cache = plan.keys.saturating_add(plan.values);
-            let needed = cache.saturating_add(plan.activations);
-            check_host_memory(self.backend.device(), what, needed, self.weight_bytes())?;
-        }
+            let what = format!("a context of {} tokens", shape.context);
+            (what, cache.saturating_add(plan.activations))
+        } else {
+            // Made on the host for every device, and collected without knowing its size.
+            let table = 8 * (shape.context as u64).saturating_mul(attention.head_dim as u64);
+            (format!("the rotary table of {} tokens, on the host", shape.context), table)
+        };
+        check_host_memory(self.backend.device(), what, needed, self.weight_bytes())?;
         let stream = self.backend.stream(&StreamShape {
             rows: shape.chunk,
             context: shape.context,
