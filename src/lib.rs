@@ -31,6 +31,8 @@
 //!   matrix on its way from a mapped file to a device.
 //! - [`model`] has the forward pass, written once. It speaks to a device through
 //!   [`backend::Operations`], about a dozen fused operations that a decoder layer is made of.
+//! - [`delta`] is the method: which keys are exact, how the others are compressed, to the bit, and
+//!   what that costs. It knows no device.
 //! - [`gpu`], [`cpu`] and [`mod@reference`] each implement them. [`mod@reference`] is slow and plain: read
 //!   it to know what an operation does. [`conformance`] holds the other two against it.
 //! - [`Session`] is a text in progress: its cache, its sampling, its stream of pieces.
@@ -43,7 +45,7 @@
 //! # What can be relied on
 //!
 //! - Integer arithmetic is exact: given the same 8-bit inputs, the sums of ternary products are
-//!   bit-equal on every backend.
+//!   bit-equal on every backend. So are compressed pages of keys that are equal.
 //! - A fault is a [`Result`] that names the file, tensor, shape, limit or device. The library does
 //!   not panic on a checkpoint or a prompt, whatever is in it, and it does not print or exit.
 //! - The same seed gives the same text on the same device.

@@ -1,7 +1,9 @@
 //! Keys to a compressed page: the arithmetic that every device repeats, to the bit.
 //!
 //! All sums run in `f32` in the order of the tokens, and where a product is added to something it
-//! is exact, so that a device that fuses multiplication and addition gives the same bits.
+//! is exact, so that a device that fuses multiplication and addition gives the same bits. One number
+//! has no such guarantee: a threshold in standard deviations ends in a division and a root, whose
+//! last bits may differ; rounding to f16 hides that in all but about one page in a thousand.
 
 use half::f16;
 

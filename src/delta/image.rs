@@ -15,7 +15,7 @@ pub struct CacheImage {
     pub exact_from: usize,
     /// Original keys in [`AttentionPolicy::exact`](super::AttentionPolicy::exact), `[G, N, D]`:
     /// those of the sink, `0..min(sink, length)`, where keys are compressed, then
-    /// `exact_from..length`.
+    /// `exact_from..length`. A key of the sink at or after `exact_from` is there twice.
     pub exact: Vec<u8>,
     /// Values, `[G, length]` rows. Plain: `D` floats. Int8: `D` bytes and the scale, f16. Int4:
     /// `ceil(D / 2)` bytes, the lower half first, then scale and minimum, f16.
