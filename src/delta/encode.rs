@@ -3,7 +3,7 @@
 //! All sums run in `f32` in the order of the tokens, and where a product is added to something it
 //! is exact, so that a device that fuses multiplication and addition gives the same bits. One number
 //! has no such guarantee: a threshold in standard deviations ends in a division and a root, whose
-//! last bits may differ; rounding to f16 hides that in all but about one page in a thousand.
+//! last bits may differ: rounding it to f16 nearly always hides that.
 
 use half::f16;
 
