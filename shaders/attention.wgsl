@@ -94,8 +94,9 @@ fn main(lane: Lane, @builtin(workgroup_id) workgroup: vec3<u32>) {
     let begin = params.start + workgroup.x * params.span;
     let end = min(min(begin + params.span, params.stop), query + 1u);
     var highest = vec4<f32>(LOWEST);
+    // Over this invocation's keys: the sum of weights, and what the minima of quantised values add
+    // to each element.
     var total = vec4<f32>();
-    // What the minima of quantised values add to each element, over this invocation's keys.
     var offset = vec4<f32>();
     // The sums of the four heads for four elements, over every SUBSETS-th key.
     var sums: array<vec4<f32>, 4>;
@@ -117,17 +118,16 @@ fn main(lane: Lane, @builtin(workgroup_id) workgroup: vec3<u32>) {
         let higher = max(highest, workgroup_max_vec4f(score, lane));
         let shrink = exp(highest - higher);
         highest = higher;
-        var weight = vec4<f32>();
+        total *= shrink;
+        offset *= shrink;
         if (lane.index < count) {
-            weight = exp(score - higher);
+            let weight = exp(score - higher);
             let scale = value_scale(value_row + tile + lane.index);
             weights[lane.index] = weight * scale.x;
-            offset = offset * shrink + weight * scale.y;
-        } else {
-            offset *= shrink;
+            total += weight;
+            offset += weight * scale.y;
         }
-        // Its barriers also make the weights visible.
-        total = total * shrink + workgroup_sum_vec4f(weight, lane);
+        workgroupBarrier();
         sums[0] *= shrink.x;
         sums[1] *= shrink.y;
         sums[2] *= shrink.z;
@@ -144,8 +144,12 @@ fn main(lane: Lane, @builtin(workgroup_id) workgroup: vec3<u32>) {
         }
     }
 
-    // Its barriers also mean that the parts of the last tile are read.
-    let added = workgroup_sum_vec4f(offset, lane);
+    // Their barriers also mean that the parts of the last tile are read.
+    total = workgroup_sum_vec4f(total, lane);
+    var added = vec4<f32>();
+    if (VALUE_MINIMA) {
+        added = workgroup_sum_vec4f(offset, lane);
+    }
     parts[lane.index] = sums[0];
     parts[WORKGROUP + lane.index] = sums[1];
     parts[2u * WORKGROUP + lane.index] = sums[2];

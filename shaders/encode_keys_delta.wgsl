@@ -69,7 +69,7 @@ fn find_theta(kv_head: u32, first: u32, lane: u32) {
         var sum = 0.0;
         var squares = 0.0;
         for (var token = 0u; token < PAGE; token++) {
-            let k = key(kv_head, first + token, c);
+            let k = nearest_f16(key(kv_head, first + token, c));
             sum += k;
             squares += k * k;
         }
@@ -85,7 +85,8 @@ fn find_theta(kv_head: u32, first: u32, lane: u32) {
             squares += scale[c];
         }
         let count = f32(PAGE * HEAD_DIM);
-        let mean = divide(sum, count);
+        // With half of its digits, its square is exact.
+        let mean = bitcast<f32>(bitcast<u32>(divide(sum, count)) & 0xfffff000u);
         let variance = max(divide(squares, count) - mean * mean, 0.0);
         if (variance > 0.0) {
             theta = nearest_f16(params.theta * square_root(variance));

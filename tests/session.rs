@@ -412,6 +412,69 @@ fn a_session_survives_being_saved_at_any_point() {
     }
 }
 
+/// Decoding looks further back than a prompt's window may: keys that were overwritten by what was
+/// cut off must not be taken for those of the text.
+#[test]
+fn a_text_cut_far_back_goes_on_as_if_nothing_had_followed() {
+    for (device, options) in devices() {
+        let (model, golden) = (open("llama-64", &options), Golden::read("llama-64"));
+        let text = golden.ids("ids_300").repeat(2);
+        for policy in [
+            "delta page=16 window=64 alpha=0 sink=0 theta=1sigma",
+            "paper page=16 window=80 alpha=0",
+            "keys=channel2 page=16 window=100 alpha=0",
+        ] {
+            let mut cut = compressed(&model, policy);
+            cut.evaluate(&text[..390]).expect("prompt");
+            cut.truncate(65);
+            let mut fresh = compressed(&model, policy);
+            let (first, rest) = ([5, 6], [7, 8, 9]);
+            let found = cut.evaluate(&first).expect("prompt");
+            let expected = fresh.evaluate(&[&text[..65], &first].concat()).expect("prompt");
+            assert_same(&found, &expected, &format!("{policy} on {device}: prompt"));
+            for token in rest {
+                let found = cut.evaluate(&[token]).expect("step");
+                let expected = fresh.evaluate(&[token]).expect("step");
+                assert_same(&found, &expected, &format!("{policy} on {device}: decoding"));
+            }
+        }
+    }
+}
+
+/// The same keys in the same pages: what is left is the order of sums.
+#[track_caller]
+fn assert_same(found: &[f32], expected: &[f32], case: &str) {
+    let apart = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(apart < 1e-3, "{case}: {apart} apart");
+}
+
+/// A call that fails leaves what was a prompt a prompt, and what was decoded decoded.
+#[test]
+fn a_cancelled_prompt_changes_nothing() {
+    for (device, options) in devices() {
+        let (model, golden) = (open("llama-64", &options), Golden::read("llama-64"));
+        let text = golden.ids("ids_300");
+        let policy = "delta page=16 window=16 alpha=0.5 theta=1sigma";
+        let [mut disturbed, mut quiet] = [0, 1].map(|_| {
+            let mut session = compressed(&model, policy);
+            session.evaluate(&text[..50]).expect("prompt");
+            for token in &text[50..90] {
+                session.evaluate(&[*token]).expect("step");
+            }
+            session
+        });
+        disturbed.cancel_handle().cancel();
+        assert!(matches!(disturbed.evaluate(text), Err(Error::Cancelled)), "{device}");
+        disturbed.cancel_handle().reset();
+        assert_eq!(disturbed.tokens(), quiet.tokens(), "{device}");
+        for token in &text[90..100] {
+            let found = disturbed.evaluate(&[*token]).expect("step");
+            let expected = quiet.evaluate(&[*token]).expect("step");
+            assert_same(&found, &expected, &format!("on {device}"));
+        }
+    }
+}
+
 #[test]
 fn damaged_sessions_are_errors() {
     let options = ModelOptions { device: deltallm::DeviceChoice::Cpu, ..Default::default() };

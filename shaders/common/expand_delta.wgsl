@@ -20,7 +20,8 @@ fn expand_channel(header: u32, channel: u32, out: u32) {
                 index += countOneBits(pages[masks + w]);
             }
             index += countOneBits(word & ((1u << (channel % 32u)) - 1u));
-            key += page_delta(deltas, index) * scale;
+            let delta = delta_of(pages[deltas + index / (32u / BITS)], index);
+            key += delta * scale;
         }
         store_expanded(out, token, key);
     }

@@ -18,12 +18,10 @@ fn page_short(at: u32, index: u32) -> u32 {
     return extractBits(pages[at + index / 2u], 16u * (index % 2u), 16u);
 }
 
-// Kept delta `index` of those that begin at `deltas`, before its channel's scale.
-fn page_delta(deltas: u32, index: u32) -> f32 {
+// Delta `index`, before its channel's scale, of the word that holds it.
+fn delta_of(word: u32, index: u32) -> f32 {
     if (BITS == 16u) {
-        return page_half(deltas, index);
+        return unpack2x16float(word)[index % 2u];
     }
-    let per_word = 32u / BITS;
-    let word = bitcast<i32>(pages[deltas + index / per_word]);
-    return f32(extractBits(word, BITS * (index % per_word), BITS));
+    return f32(extractBits(bitcast<i32>(word), BITS * (index % (32u / BITS)), BITS));
 }

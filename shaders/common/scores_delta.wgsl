@@ -19,14 +19,20 @@ fn prepare_page(header: u32, lane: Lane) -> vec4<f32> {
 fn page_part(header: u32, key: u32, share: u32) -> vec4<f32> {
     let deltas = params.deltas + pages[header + TOTAL + 2u];
     var next = page_short(header + OFFSETS, key);
+    // The word that holds the next delta, kept while it does.
+    var word = 0u;
     var part = vec4<f32>();
     for (var w = 0u; w < MASK_WORDS; w++) {
         var mask = pages[header + MASKS + key * MASK_WORDS + w];
         let kept = countOneBits(mask);
         if (w % LANES == share) {
             for (var i = 0u; i < kept; i++) {
+                let index = next + i;
+                if (i == 0u || index % (32u / BITS) == 0u) {
+                    word = pages[deltas + index / (32u / BITS)];
+                }
                 let channel = 32u * w + firstTrailingBit(mask);
-                part += parts[channel] * page_delta(deltas, next + i);
+                part += parts[channel] * delta_of(word, index);
                 mask &= mask - 1u;
             }
         }

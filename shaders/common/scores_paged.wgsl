@@ -1,6 +1,6 @@
 // Scores of a page of keys, read as it is compressed, except for the keys that the query sees
 // exactly. A tile is a page; several invocations share a key. The format of pages defines
-// `prepare_page` and `page_part`.
+// `prepare_page`, after which all invocations see what it leaves, and `page_part`.
 
 const LANES = WORKGROUP / TILE;
 // Where the parts of approximate and of exact scores lie in `parts`; before them lies what
@@ -45,7 +45,6 @@ fn tile_scores(kv_head: u32, tile: u32, count: u32, query: u32, lane: Lane) -> v
     if (any_approximate) {
         let header = page_header(kv_head, tile / TILE);
         base = prepare_page(header, lane);
-        workgroupBarrier();
         parts[APPROXIMATE + lane.index] = page_part(header, key, share);
     }
     if (any_exact) {

@@ -1,5 +1,8 @@
 // Reads values in f16, four elements at a time. `row` counts the values of a segment.
 
+// Whether `value_scale` has a minimum other than 0.
+const VALUE_MINIMA = false;
+
 @group(0) @binding(3) var<storage, read> values: array<vec2<u32>>;
 
 fn value_levels4(row: u32, d4: u32) -> vec4<f32> {

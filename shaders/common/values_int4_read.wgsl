@@ -1,6 +1,9 @@
 // Reads values in 4 bits, four elements at a time; scale and minimum of all rows of a segment stand
 // behind them. `row` counts the values of a segment.
 
+// Whether `value_scale` has a minimum other than 0.
+const VALUE_MINIMA = true;
+
 @group(0) @binding(3) var<storage, read> values: array<u32>;
 
 fn value_levels4(row: u32, d4: u32) -> vec4<f32> {

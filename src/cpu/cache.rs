@@ -250,6 +250,9 @@ impl Cache {
         if let Keys::Compressed(keys) = &mut self.keys {
             keys.truncate(self.length / keys.layout.tokens);
         }
+        if let Values::Quantised(values) = &mut self.values {
+            values.truncate(self.length);
+        }
     }
 
     pub(super) fn pages(&self) -> Vec<Vec<Page>> {

@@ -59,6 +59,13 @@ impl Quantised {
         append
     }
 
+    /// Gives back the pieces beyond the first `length` tokens.
+    pub(super) fn truncate(&mut self, length: usize) {
+        for pieces in &mut self.heads {
+            pieces.truncate(length.div_ceil(self.piece));
+        }
+    }
+
     /// Bytes held.
     pub(super) fn held(&self) -> u64 {
         let list = |pieces: &Vec<Box<[u8]>>| pieces.capacity() * size_of::<Box<[u8]>>();

@@ -1,9 +1,9 @@
 //! Keys to a compressed page: the arithmetic that every device repeats, to the bit.
 //!
 //! All sums run in `f32` in the order of the tokens, and where a product is added to something it
-//! is exact, so that a device that fuses multiplication and addition gives the same bits. One number
-//! has no such guarantee: a threshold in standard deviations ends in a division and a root, whose
-//! last bits may differ: rounding it to f16 nearly always hides that.
+//! is exact, so that a device that fuses multiplication and addition gives the same bits. A threshold
+//! in standard deviations also takes divisions and a root, which WGSL does not promise to the last
+//! bit: shaders correct them, and the threshold is rounded to f16, which hides what is left.
 
 use half::f16;
 
@@ -177,14 +177,16 @@ fn deltas(
     words
 }
 
-/// The standard deviation of all elements of `keys` `[C, D]`.
+/// The standard deviation of all elements of `keys` `[C, D]`, rounded to f16.
 ///
-/// Sums run down each channel, then over the channels. Squares of keys in f16 are exact in `f32`.
+/// Sums run down each channel, then over the channels. Squares of numbers in f16 are exact in
+/// `f32`, and so is that of the mean with half of its digits: nothing depends on whether a device
+/// fuses a multiplication with an addition.
 fn deviation(keys: &[f32], head_dim: usize) -> f32 {
     let (mut sum, mut squares) = (0.0f32, 0.0f32);
     for channel in 0..head_dim {
         let (mut column_sum, mut column_squares) = (0.0f32, 0.0f32);
-        for k in keys.iter().skip(channel).step_by(head_dim) {
+        for k in keys.iter().skip(channel).step_by(head_dim).map(|&k| halve(k)) {
             column_sum += k;
             column_squares += k * k;
         }
@@ -192,7 +194,7 @@ fn deviation(keys: &[f32], head_dim: usize) -> f32 {
         squares += column_squares;
     }
     let count = keys.len() as f32;
-    let mean = sum / count;
+    let mean = f32::from_bits((sum / count).to_bits() & 0xffff_f000);
     (squares / count - mean * mean).max(0.0).sqrt()
 }
 

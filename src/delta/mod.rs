@@ -31,6 +31,7 @@ mod analysis;
 mod encode;
 mod image;
 mod level;
+mod originals;
 mod page;
 pub mod plain;
 mod policy;
@@ -41,6 +42,7 @@ mod window;
 pub use analysis::{CompressedHead, HeadAnalysis, LayerTrace};
 pub use encode::encode_page;
 pub use image::CacheImage;
+pub use originals::Originals;
 pub use page::{Page, PageLayout};
 pub use policy::{
     AttentionPolicy, ChannelBits, DeltaFormat, DeltaKeys, KeyFormat, PrefillWindow, Reference,

@@ -9,7 +9,7 @@ use crate::backend::{
     Operations, Step, StreamShape, TensorFormat,
 };
 use crate::checkpoint::{Checkpoint, MatrixSource, ModelConfig, Tensors};
-use crate::delta::{CacheImage, Page, Phase};
+use crate::delta::{CacheImage, Originals, Page, Phase};
 use crate::error::{Error, Result};
 
 /// A decoder-only transformer whose weights lie on a device.
@@ -59,10 +59,9 @@ pub(crate) struct Run<B: Backend> {
     rope: B::Rope,
     /// Tokens in the caches.
     length: usize,
-    /// Where keys are compressed: the first position beyond the sink whose original key has not
-    /// been overwritten.
-    exact_from: usize,
-    /// Whether the caches hold more than `length` tokens still.
+    /// Which original keys the caches still have.
+    originals: Originals,
+    /// Whether caches may hold more than `length` tokens still.
     cut: bool,
     shape: SessionShape,
 }
@@ -145,7 +144,6 @@ impl<B: Backend> Transformer<B> {
             stream.sample(&a.logits, step)?;
         }
         stream.submit()?;
-        run.advance(t);
         Ok(())
     }
 
@@ -274,7 +272,8 @@ impl<B: Backend> super::Engine for Transformer<B> {
         let caches = (0..layers).map(|_| self.backend.cache(&cache)).collect::<Result<Vec<_>>>()?;
         let head_dim = attention.head_dim;
         let rope = self.backend.rope(&self.config.rope.table(shape.context, head_dim), head_dim)?;
-        let (length, exact_from, cut) = (0, 0, false);
+        let originals = Originals::new(&shape.policy, shape.context, shape.chunk);
+        let (length, cut) = (0, false);
         Ok(Box::new(Run {
             model: self,
             stream,
@@ -282,7 +281,7 @@ impl<B: Backend> super::Engine for Transformer<B> {
             caches,
             rope,
             length,
-            exact_from,
+            originals,
             cut,
             shape,
         }))
@@ -301,14 +300,26 @@ impl<B: Backend> Run<B> {
         Ok(())
     }
 
-    /// Counts tokens that were appended.
-    fn advance(&mut self, tokens: usize) {
-        self.length += tokens;
-        let policy = &self.shape.policy;
-        if !policy.is_dense() {
-            let slots = policy.recent_slots(self.shape.context, self.shape.chunk);
-            self.exact_from = self.exact_from.max(self.length.saturating_sub(slots));
+    /// Appends tokens. Where that fails, some layers may have them and others not: then all are cut
+    /// back before anything else is done.
+    fn step(
+        &mut self,
+        tokens: &[u32],
+        phase: Phase,
+        output: Output<'_>,
+        probe: Option<Probe<'_>>,
+    ) -> Result<()> {
+        debug_assert!(!tokens.is_empty() && tokens.len() <= self.shape.chunk);
+        debug_assert!(self.originals.cover(&self.shape.policy.rule(phase), self.length));
+        self.settle()?;
+        let model = self.model.clone();
+        let done = model.forward(self, tokens, phase, output, probe);
+        self.originals.write_until(self.length + tokens.len());
+        match done {
+            Ok(()) => self.length += tokens.len(),
+            Err(_) => self.cut = true,
         }
+        done
     }
 }
 
@@ -322,27 +333,22 @@ impl<B: Backend> Decoder for Run<B> {
             (self.length, self.cut) = (length, true);
         }
         if length == 0 {
-            self.exact_from = 0;
+            self.originals.restart(0);
         }
     }
 
     fn can_continue(&self, phase: Phase) -> bool {
-        // The page that is being filled will be encoded from its original keys, and lies in every
-        // window.
-        self.shape.policy.rule(phase).start(self.length) >= self.exact_from
+        // Decoding follows every prompt.
+        let covers = |phase| self.originals.cover(&self.shape.policy.rule(phase), self.length);
+        covers(phase) && covers(Phase::Decode)
     }
 
     fn forward(&mut self, tokens: &[u32], phase: Phase, output: Output<'_>) -> Result<()> {
-        debug_assert!(!tokens.is_empty() && tokens.len() <= self.shape.chunk);
-        self.settle()?;
-        let model = self.model.clone();
-        model.forward(self, tokens, phase, output, None)
+        self.step(tokens, phase, output, None)
     }
 
     fn probe(&mut self, tokens: &[u32], phase: Phase, probe: Probe<'_>) -> Result<()> {
-        self.settle()?;
-        let model = self.model.clone();
-        model.forward(self, tokens, phase, Output::Nothing, Some(probe))
+        self.step(tokens, phase, Output::Nothing, Some(probe))
     }
 
     fn pages(&mut self) -> Result<Vec<Vec<Vec<Page>>>> {
@@ -352,7 +358,7 @@ impl<B: Backend> Decoder for Run<B> {
 
     fn save(&mut self, layer: usize) -> Result<CacheImage> {
         self.settle()?;
-        self.stream.save(&self.caches[layer], self.exact_from)
+        self.stream.save(&self.caches[layer], self.originals.from())
     }
 
     fn restore(&mut self, images: &[CacheImage]) -> Result<()> {
@@ -360,7 +366,8 @@ impl<B: Backend> Decoder for Run<B> {
         self.settle()?;
         for (cache, image) in self.caches.iter_mut().zip(images) {
             self.stream.restore(cache, image)?;
-            (self.length, self.exact_from) = (image.length, image.exact_from);
+            self.length = image.length;
+            self.originals.restart(image.exact_from);
         }
         Ok(())
     }

@@ -11,8 +11,9 @@
 //! | `layer.I.exact` | U8: original keys, see [`CacheImage::exact`] |
 //! | `layer.I.values` | U8: values, see [`CacheImage::values`] |
 //!
-//! A file may come from anywhere: nothing of it is used before it is checked, and no memory is
-//! taken for sizes that it claims beyond its own length.
+//! A file may come from anywhere: nothing of it is used before it is checked, and of the sizes that
+//! it claims only the context takes memory beyond the file's own length: as much as a new session
+//! of that context does, up to the model's limit.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -50,10 +51,8 @@ impl Session {
     fn contents(&mut self) -> Result<(Fields, Vec<Stored>)> {
         // Original keys that the next step needs may be gone, see [`Session::truncate`]: then the
         // text will be run again, and there is no use in keeping the rest.
-        if !self.decoder.can_continue(self.phase()) {
-            self.decoder.truncate(0);
-        }
-        let length = self.decoder.length();
+        let usable = self.decoder.can_continue(self.phase());
+        let length = if usable { self.decoder.length() } else { 0 };
         let layers = if length == 0 { 0 } else { self.model.config().layers };
         let tokens = Stored::words("tokens".into(), vec![self.tokens.len()], &self.tokens);
         let (mut tensors, mut exact_from) = (vec![tokens], 0);
@@ -122,8 +121,10 @@ impl Session {
             true => length,
             false => policy.recent_slots(context, shape.chunk),
         };
-        if length - state.exact_from > kept {
-            let message = format!("is {}, expected {} or more", state.exact_from, length - kept);
+        let least = length.saturating_sub(kept);
+        if state.exact_from < least || (policy.is_dense() && state.exact_from > 0) {
+            let expected = if policy.is_dense() { "0".into() } else { format!("{least} or more") };
+            let message = format!("is {}, expected {expected}", state.exact_from);
             return Err(saved.wrong("exact_from", message));
         }
         let layers = if length == 0 { 0 } else { config.layers };

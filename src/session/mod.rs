@@ -273,13 +273,13 @@ impl Session {
     /// # Errors
     /// As [`Session::generate`].
     pub fn evaluate(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
-        let before = self.tokens.len();
+        let before = (self.tokens.len(), self.prompt);
         self.prefill(tokens)?;
         let (pending, phase) = (&self.tokens[self.decoder.length()..], self.phase());
         let run = self.decoder.forward(pending, phase, Output::LastLogits);
         let logits = run.and_then(|()| self.decoder.logits()).and_then(finite);
         if logits.is_err() {
-            self.truncate(before);
+            self.take_back(before);
         }
         logits
     }
@@ -297,8 +297,10 @@ impl Session {
         check_fits(self.tokens.len() + tokens.len(), self.shape.context, config.context)?;
         // A single token that continues a text is one that a caller has chosen: decoding.
         let decoded = tokens.is_empty() || (tokens.len() == 1 && !self.tokens.is_empty());
+        // Of a text that was run only the last token can be left.
+        let unfinished = self.decoder.length() + 1 < self.tokens.len();
         self.tokens.extend_from_slice(tokens);
-        if !decoded {
+        if !decoded || unfinished {
             self.prompt = self.tokens.len();
         }
         // The first new token needs the output of the last one: at least that one is run again.
@@ -308,6 +310,12 @@ impl Session {
             self.prompt = self.tokens.len();
         }
         Ok(())
+    }
+
+    /// Undoes what a call has appended to a text of so many tokens with a prompt that ended there.
+    fn take_back(&mut self, (length, prompt): (usize, usize)) {
+        self.truncate(length);
+        self.prompt = prompt;
     }
 
     /// What the next step is part of.
@@ -322,29 +330,36 @@ impl Session {
     /// Appends tokens and runs all but the last chunk of what is not in the cache yet; returns how
     /// many tokens that is, with the last chunk. On an error the text is as it was.
     fn prefill(&mut self, tokens: &[u32]) -> Result<usize> {
-        let before = self.tokens.len();
+        let before = (self.tokens.len(), self.prompt);
         self.append(tokens)?;
         let pending = self.tokens.len() - self.decoder.length();
         let run = self.run_chunks();
         if run.is_err() {
-            self.truncate(before);
+            self.take_back(before);
         }
         run.map(|()| pending)
     }
 
     fn run_chunks(&mut self) -> Result<()> {
-        while self.tokens.len() - self.decoder.length() > self.shape.chunk {
+        loop {
+            let (start, phase) = (self.decoder.length(), self.phase());
+            // What a step is part of holds for all of it.
+            let ends = match phase {
+                Phase::Prefill { length } => length,
+                Phase::Decode => self.tokens.len(),
+            };
+            let end = ends.min(start + self.shape.chunk);
+            if end == self.tokens.len() {
+                return Ok(());
+            }
             if self.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let start = self.decoder.length();
-            let chunk = &self.tokens[start..start + self.shape.chunk];
-            let phase = self.phase();
+            let chunk = &self.tokens[start..end];
             self.decoder.forward(chunk, phase, Output::Nothing)?;
             // One chunk at a time is on its way: work that is queued cannot be cancelled.
             self.decoder.wait()?;
         }
-        Ok(())
     }
 
     /// Runs what is not in the cache yet and chooses the next token.
