@@ -85,9 +85,12 @@ fn find_theta(kv_head: u32, first: u32, lane: u32) {
             squares += scale[c];
         }
         let count = f32(PAGE * HEAD_DIM);
-        // With half of its digits, its square is exact.
-        let mean = bitcast<f32>(bitcast<u32>(divide(sum, count)) & 0xfffff000u);
-        let variance = max(divide(squares, count) - mean * mean, 0.0);
+        // The mean in two parts of half its digits each, whose products are exact.
+        let mean = divide(sum, count);
+        let high = bitcast<f32>(bitcast<u32>(mean) & 0xfffff000u);
+        let low = mean - high;
+        let rest = divide(squares, count) - high * high - 2.0 * high * low - low * low;
+        let variance = max(rest, 0.0);
         if (variance > 0.0) {
             theta = nearest_f16(params.theta * square_root(variance));
         } else {

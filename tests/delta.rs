@@ -18,7 +18,7 @@ use deltallm::cpu::{Cpu, Kernels};
 use deltallm::delta::plain::{self, hybrid_attention};
 use deltallm::delta::{
     AttentionPolicy, DeltaFormat, DeltaKeys, KeyFormat, Page, PageLayout, Phase,
-    Reference as DeltaReference,
+    Reference as DeltaReference, Threshold,
 };
 use deltallm::gpu::GpuOptions;
 use deltallm::reference::Reference;
@@ -301,6 +301,12 @@ fn everything_in_the_window(variety: Variety) -> impl Strategy<Value = Input> {
     })
 }
 
+/// The standard deviation of all elements.
+fn deviation(keys: &[f64]) -> f64 {
+    let mean = keys.iter().sum::<f64>() / keys.len() as f64;
+    (keys.iter().map(|k| (k - mean).powi(2)).sum::<f64>() / keys.len() as f64).sqrt()
+}
+
 fn within_theta<B: Backend>(backend: &B, input: &Input) -> TestCaseResult {
     let text = input.text();
     let layout = layout(&text);
@@ -311,6 +317,16 @@ fn within_theta<B: Backend>(backend: &B, input: &Input) -> TestCaseResult {
         prop_assert_eq!(pages.len(), input.tokens / layout.tokens);
         for (page, keys) in pages.iter().zip(keys.chunks(layout.tokens * layout.head_dim)) {
             prop_assert_eq!(page.check(&layout), Ok(()));
+            let theta = f64::from(page.theta(&layout));
+            match delta.threshold {
+                Threshold::Absolute(asked) => prop_assert_eq!(theta, f64::from(asked)),
+                Threshold::Relative(share) => {
+                    let sigma = f64::from(share) * deviation(keys);
+                    // f16 keeps 11 digits; squares were summed in f32.
+                    let near = (theta - sigma).abs() <= sigma / 2048.0 + 1e-4;
+                    prop_assert!(near, "theta {theta} for {sigma}");
+                }
+            }
             for (i, (found, k)) in page.reconstruct(&layout).iter().zip(keys).enumerate() {
                 // Half a level of a kept difference, or its rounding to f16, of at most twice the
                 // largest key.
@@ -322,7 +338,7 @@ fn within_theta<B: Backend>(backend: &B, input: &Input) -> TestCaseResult {
                         0.501 * f64::from(f16::from_bits(bits).to_f32())
                     }
                 };
-                let bound = f64::from(page.theta(&layout)).max(half) + 1e-5;
+                let bound = theta.max(half) + 1e-5;
                 let error = (f64::from(*found) - k).abs();
                 prop_assert!(error <= bound, "element {i}: {found} for {k}, within {bound}");
             }

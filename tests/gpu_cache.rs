@@ -3,7 +3,8 @@
 mod gpu_common;
 
 use deltallm::backend::{
-    AttentionShape, Backend, CacheShape, KeyValueCache, Operations, Step, StreamShape, TensorFormat,
+    AttentionShape, Backend, CacheShape, Footprint, KeyValueCache, Operations, Step, StreamShape,
+    TensorFormat,
 };
 use deltallm::delta::{AttentionPolicy, CacheImage, Page, Phase};
 use deltallm::gpu::GpuOptions;
@@ -171,6 +172,29 @@ fn an_image_is_the_same_wherever_it_was_made() {
         let case = format!("{text}: continued");
         assert_near(&second.write_until(3700), &first.write_until(3700), &case);
         assert!(second.pages() == first.pages(), "{text}: pages of the continuation");
+    }
+}
+
+/// Pages are encoded, attended to and counted with what the first of them has made.
+#[test]
+fn a_warm_compressed_cache_makes_nothing_anew() {
+    let gpu = open(any());
+    for text in ["delta page=16 window=16", "keys=channel4 page=16 window=16 values=int8"] {
+        let mut text = Text::new(gpu.clone(), text.parse().unwrap());
+        for _ in 0..200 {
+            text.append(1, Phase::Decode, true);
+        }
+        let (warm, held) = (text.stream.counters(), gpu.bytes());
+        for _ in 0..100 {
+            text.append(1, Phase::Decode, true);
+        }
+        let after = text.stream.counters();
+        assert_eq!(after.bind_groups, warm.bind_groups);
+        assert_eq!(after.pipelines, warm.pipelines);
+        assert_eq!(after.readbacks, warm.readbacks);
+        assert_eq!(gpu.bytes(), held);
+        // One for the token, one for reading what the test looks at.
+        assert!(after.submissions <= warm.submissions + 200, "{after:?} after {warm:?}");
     }
 }
 

@@ -177,11 +177,10 @@ fn deltas(
     words
 }
 
-/// The standard deviation of all elements of `keys` `[C, D]`, rounded to f16.
+/// The standard deviation of all elements of `keys` `[C, D]`, which are rounded to f16.
 ///
 /// Sums run down each channel, then over the channels. Squares of numbers in f16 are exact in
-/// `f32`, and so is that of the mean with half of its digits: nothing depends on whether a device
-/// fuses a multiplication with an addition.
+/// `f32`: nothing depends on whether a device fuses a multiplication with an addition.
 fn deviation(keys: &[f32], head_dim: usize) -> f32 {
     let (mut sum, mut squares) = (0.0f32, 0.0f32);
     for channel in 0..head_dim {
@@ -194,8 +193,12 @@ fn deviation(keys: &[f32], head_dim: usize) -> f32 {
         squares += column_squares;
     }
     let count = keys.len() as f32;
-    let mean = f32::from_bits((sum / count).to_bits() & 0xffff_f000);
-    (squares / count - mean * mean).max(0.0).sqrt()
+    // The mean in two parts of half its digits each, whose products are exact.
+    let mean = sum / count;
+    let high = f32::from_bits(mean.to_bits() & 0xffff_f000);
+    let low = mean - high;
+    let variance = squares / count - high * high - 2.0 * high * low - low * low;
+    variance.max(0.0).sqrt()
 }
 
 #[cfg(test)]
