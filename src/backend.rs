@@ -120,6 +120,15 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// An RMSNorm with `weight` `[width]`.
     fn norm(&self, weight: &[f32], eps: f32) -> Result<Self::Norm>;
 
+    /// Fails where the device has no room for a rotary table of `context` positions, before one is
+    /// made.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLimit`](crate::Error::DeviceLimit).
+    fn check_rope(&self, _context: usize, _head_dim: usize) -> Result<()> {
+        Ok(())
+    }
+
     /// The rotary table `[positions, D / 2]` of (cosine, sine).
     fn rope(&self, table: &[[f32; 2]], head_dim: usize) -> Result<Self::Rope>;
 

@@ -93,8 +93,14 @@ fn json_holds_everything_a_script_asks_for() {
     {
         assert!(json["timings"][field].as_f64().is_some_and(|x| x > 0.0), "{field}: {json}");
     }
-    for field in ["weights", "keys", "values", "activations", "dense_f16"] {
+    for field in ["weights", "activations"] {
         assert!(json["bytes"][field].as_u64().is_some_and(|x| x > 0), "{field}: {json}");
+    }
+    // In use twice what f16 would take, for the tokens there are; held for those to come too.
+    for part in ["keys", "values"] {
+        let bytes = |field: &str| json["bytes"][part][field].as_u64().expect(field);
+        assert_eq!(bytes("in_use"), 2 * bytes("dense_f16"), "{part}: {json}");
+        assert!(bytes("held") > bytes("in_use"), "{part}: {json}");
     }
 }
 
@@ -230,9 +236,11 @@ fn policy_options_make_the_policy() {
 
 #[test]
 fn policies_out_of_range_say_what_is_allowed() {
-    let refused: [(&[&str], &str); 13] = [
+    let refused: [(&[&str], &str); 15] = [
+        (&["--attention", "delta", "--keys", "int8", "--theta", "3"], "--keys is int8"),
+        (&["--keys", "delta", "--theta", "20000sigma"], "theta = 20000sigma"),
         (&["--theta", "1"], "add --attention delta"),
-        (&["--keys", "int8", "--reference", "mean"], "add --attention delta"),
+        (&["--keys", "int8", "--reference", "mean"], "--keys is int8"),
         (&["--attention", "dense", "--deltas", "int4"], "--keys delta"),
         (&["--sink", "8"], "needs compressed keys"),
         (&["--values", "int8", "--window", "8"], "needs compressed keys"),
@@ -307,7 +315,14 @@ fn what_the_cache_holds_is_reported() {
     for field in ["pages", "zero_elements", "bytes"] {
         assert_eq!(cache[field], sum(field), "{field}");
     }
-    for word in ["bits a key element", "sparsity", "theta", "KV head", "dense f16 takes"] {
+    let bytes = |part: &str, field: &str| json["bytes"][part][field].as_u64().expect(field);
+    // 4 heads of 64 elements in f16: the sink and a ring that holds this text.
+    let originals = 4 * 64 * 2 * length;
+    assert_eq!(bytes("keys", "in_use"), cache["bytes"].as_u64().expect("bytes") + originals);
+    assert!(bytes("keys", "held") >= bytes("keys", "in_use"), "{json}");
+    assert_eq!(bytes("values", "in_use"), bytes("values", "dense_f16"));
+    assert_eq!(bytes("values", "dense_f16"), originals);
+    for word in ["bits a key element", "sparsity", "theta", "KV head", "dense f16 takes", "held"] {
         assert!(err(&output).contains(word), "{word}: {}", err(&output));
     }
 }
@@ -362,6 +377,44 @@ fn a_session_is_saved_and_goes_on() {
     assert!(err(&run(&args)).contains("head_dim=64"), "another model");
 }
 
+#[test]
+fn a_session_is_saved_although_nobody_reads_the_text() {
+    let model = fixture("llama-64");
+    let dir = tempfile::tempdir().expect("directory");
+    for more in [&[][..], &["--echo"], &["--json"]] {
+        let file = dir.path().join(format!("{}.session", more.len()));
+        let args = ["generate", "Anna", "--model", path(&model), "--device", "cpu"];
+        let save = ["-n", "20", "--ignore-eos", "--save", path(&file)];
+        let mut command = deltallm(&[&args[..], &save, more].concat());
+        let mut child =
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+        drop(child.stdout.take());
+        ok(child.wait_with_output().expect("ends"));
+        let load = ["generate", "--model", path(&model), "--device", "cpu", "--load", path(&file)];
+        ok(run(&[&load[..], &["-n", "2"]].concat()));
+        fs::remove_file(&file).expect("saved");
+    }
+}
+
+#[test]
+fn a_full_session_loads_and_says_that_it_is_full() {
+    let model = fixture("llama-64");
+    let file = tempfile::NamedTempFile::new().expect("file");
+    let args = ["generate", "--model", path(&model), "--device", "cpu", "--ignore-eos", "--json"];
+    let on = |more: &[&str]| run(&[&args[..], more].concat());
+    let full = ok(on(&["Anna", "--context", "12", "-n", "50", "--save", path(file.path())]));
+    assert_eq!(json(&full)["finish_reason"], "context_full");
+    for (n, reason) in [("0", "max_tokens"), ("5", "context_full")] {
+        let output = ok(on(&["--load", path(file.path()), "-n", n]));
+        assert_eq!(json(&output)["finish_reason"], reason);
+        assert_eq!(json(&output)["ids"], Value::Array(Vec::new()));
+        assert_eq!(err(&output).contains("fixed when it is first saved"), n == "5", "{n}");
+    }
+    let output = on(&["--load", path(file.path()), "more", "-n", "5"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(err(&output).contains("fixed when it is first saved"), "{}", err(&output));
+}
+
 /// Its tags are well formed and closed.
 fn check_svg(picture: &str, name: &str) {
     use svg::node::element::tag::Type;
@@ -409,6 +462,8 @@ fn inspect_draws_what_a_policy_does() {
     }
     for (name, words) in [
         ("zeros.svg", ["KV head", "share of zeros"]),
+        ("zeros.svg", ["\n0.0%\n", "\n100.0%\n"]),
+        ("error.svg", ["\n0.0e0\n", "layer"]),
         ("deltas.svg", ["layer 1, KV head 1", "channel of the key"]),
         ("attention.svg", ["layer 1, query head 3", "window: keys from"]),
         ("error.svg", ["query head", "|o - dense|"]),
@@ -427,6 +482,17 @@ fn inspect_draws_what_a_policy_does() {
     assert!(!other.join("deltas.svg").exists() && other.join("error.svg").exists());
     let output = ok(with(&["--cache", "f32"]));
     assert!(err(&output).contains("keys are plain"), "{}", err(&output));
+    // What this run does not draw is not left over from the one before.
+    assert!(!to.join("zeros.svg").exists() && !to.join("deltas.svg").exists());
+    assert_eq!(fs::read_dir(&to).expect("directory").count(), 3);
+    for (options, word) in
+        [(["--window", "64"], "nothing is decoded"), (["--context", "20"], "in a context of 20")]
+    {
+        let output = with(&[&["--attention", "delta"][..], &options].concat());
+        assert_eq!(output.status.code(), Some(1), "{options:?}");
+        assert!(err(&output).contains(word), "{options:?}: {}", err(&output));
+    }
+    assert_eq!(fs::read_dir(&to).expect("directory").count(), 3, "as it was");
 
     for (options, word) in [
         (["--layer", "2"], "from 0 to 1"),
@@ -467,7 +533,13 @@ fn devices_lists_adapters_and_the_choice() {
 fn errors_are_one_line_on_standard_error() {
     let model = fixture("llama-32");
     let ids = model.join("config.json"); // never read: --out is refused first
-    let cases: [(&[&str], &str); 9] = [
+    let window = ["--attention", "delta", "--window", "64"];
+    let logits = ["logits", "--ids", path(&ids), "--out", "unwritten"];
+    let cases: [(&[&str], &str); 13] = [
+        (&["generate", "x", "--device", "no such adapter"], "the CPU is chosen by `cpu`"),
+        (&[&logits[..], &window].concat(), "nothing is decoded"),
+        (&["inspect", path(&model), "--device", "cpu"], "needs --prompt"),
+        (&["inspect", path(&model), "--threads", "2"], "needs --prompt"),
         (&["generate", "x", "--model", "absent"], "absent"),
         (&["generate", "x", "--device", "no such adapter"], "no such adapter"),
         (&["generate", "x", "--top-p", "3"], "top_p"),
@@ -485,6 +557,29 @@ fn errors_are_one_line_on_standard_error() {
         let error = err.lines().last().unwrap_or_default();
         assert!(error.starts_with("error: ") && error.contains(word), "{args:?}: {err}");
         assert!(out.is_empty(), "{args:?}: {out}");
+    }
+}
+
+/// Before a table is made that takes gigabytes of host memory.
+#[test]
+fn a_context_beyond_a_gpu_is_refused_at_once() {
+    let model = fixture("llama-64");
+    let dir = tempfile::tempdir().expect("directory");
+    for file in fs::read_dir(&model).expect("directory").map(|file| file.expect("file").path()) {
+        fs::copy(&file, dir.path().join(file.file_name().expect("name"))).expect("copied");
+    }
+    let config = dir.path().join("config.json");
+    let mut json: Value =
+        serde_json::from_str(&fs::read_to_string(&config).expect("file")).expect("json");
+    json["max_position_embeddings"] = 1_000_000_000.into();
+    fs::write(&config, json.to_string()).expect("written");
+    let adapter = common::test_adapter();
+    let args = ["generate", "Hi", "--model", path(dir.path()), "--device", &adapter];
+    let output = run(&[&args[..], &["--context", "1000000000"]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    let error = err(&output);
+    for word in ["a context of 1000000000 tokens (a smaller one takes less)", "maxStorageBuffer"] {
+        assert!(error.contains(word), "{word}: {error}");
     }
 }
 

@@ -221,8 +221,12 @@ fn a_generation_stops_where_it_is_told() {
         let (_, finish) = run(&mut small, &greedy(32));
         assert_eq!(finish, FinishReason::ContextFull);
         assert_eq!(small.tokens(), [prompt, &whole[..room + 1]].concat());
-        let error = small.generate(&[], &greedy(1)).expect_err("full");
+        let mut generation = small.generate(&[], &greedy(1)).expect("nothing to run");
+        assert!(generation.next().is_none());
+        assert_eq!(generation.finish_reason(), Some(&FinishReason::ContextFull));
+        let error = small.generate(&[1], &greedy(1)).expect_err("full");
         assert!(matches!(error, Error::ContextFull { .. }), "{error}");
+        assert_eq!(small.tokens(), [prompt, &whole[..room + 1]].concat());
         small.truncate(context);
         assert_eq!(ids(&mut small, &[], &greedy(32)), whole[room..=room]);
     }

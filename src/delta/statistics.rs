@@ -136,17 +136,24 @@ pub struct CacheStatistics {
     pub length: usize,
     /// Counts of the compressed pages of each layer and KV head, `[layers][G]`.
     pub heads: Vec<Vec<PageStatistics>>,
-    /// Bytes that the same tokens take with dense attention in f16, keys and values, without room
-    /// to grow.
+    /// Bytes that the keys of these tokens take: their pages, and the original keys that are kept
+    /// beside them. Room to grow is not counted.
+    pub key_bytes: u64,
+    /// Bytes that the values of these tokens take, likewise.
+    pub value_bytes: u64,
+    /// Bytes that the same tokens take with dense attention in f16, keys and values, likewise: one
+    /// half each.
     pub dense_bytes: u64,
 }
 
 impl CacheStatistics {
-    /// Counts the pages `[layers][G][pages]` of a cache of `length` tokens.
+    /// Counts the pages `[layers][G][pages]` of a cache of `length` tokens that keeps so many
+    /// `originals` of their keys.
     pub fn new(
         policy: &AttentionPolicy,
         shape: &AttentionShape,
         length: usize,
+        originals: usize,
         pages: &[Vec<Vec<Page>>],
     ) -> crate::Result<Self> {
         let layout = PageLayout::new(policy, shape.head_dim)?;
@@ -159,10 +166,16 @@ impl CacheStatistics {
             None => vec![PageStatistics::default(); shape.kv_heads],
         };
         let dense = pages.len() * length * 2 * shape.kv_width() * CacheFormat::F16.bytes();
+        let heads: Vec<Vec<PageStatistics>> = pages.iter().map(layer).collect();
+        let compressed: u64 = heads.iter().flatten().map(PageStatistics::bytes).sum();
+        let every_head = pages.len() * shape.kv_heads;
+        let originals = every_head * originals * shape.head_dim * policy.exact.bytes();
         Ok(Self {
             policy: *policy,
             length,
-            heads: pages.iter().map(layer).collect(),
+            heads,
+            key_bytes: compressed + originals as u64,
+            value_bytes: (every_head * length * policy.value_row_bytes(shape.head_dim)) as u64,
             dense_bytes: dense as u64,
         })
     }
@@ -272,7 +285,7 @@ mod tests {
         let page = |seed| encode_page(&layout, &walk(&layout, seed), None);
         let layers: Vec<Vec<Vec<Page>>> =
             (0..3).map(|l| (0..2).map(|g| vec![page(2 * l + g)]).collect()).collect();
-        let found = CacheStatistics::new(&policy, &shape, 20, &layers).expect("counted");
+        let found = CacheStatistics::new(&policy, &shape, 20, 7, &layers).expect("counted");
         let thetas: Vec<f32> =
             layers.iter().flatten().flatten().map(|p| p.theta(&layout)).collect();
         let total = found.total();
@@ -283,9 +296,13 @@ mod tests {
         assert_eq!(range.max, thetas.iter().copied().fold(0.0, f32::max));
         // Keys and values, 20 tokens, 3 layers, 2 heads of 8, 2 bytes.
         assert_eq!(found.dense_bytes, 2 * 20 * 3 * 2 * 8 * 2);
+        assert_eq!(found.key_bytes, total.bytes() + 7 * 3 * 2 * 8 * 2);
+        assert_eq!(found.value_bytes, found.dense_bytes / 2);
 
         let dense = vec![Vec::new(); 3];
-        let dense = CacheStatistics::new(&AttentionPolicy::dense(), &shape, 20, &dense);
-        assert_eq!(dense.expect("counted").total(), PageStatistics::default());
+        let dense = CacheStatistics::new(&AttentionPolicy::dense(), &shape, 20, 20, &dense);
+        let dense = dense.expect("counted");
+        assert_eq!(dense.total(), PageStatistics::default());
+        assert_eq!(dense.key_bytes + dense.value_bytes, dense.dense_bytes);
     }
 }

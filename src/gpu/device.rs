@@ -245,6 +245,20 @@ impl Device {
         self.held.load(Ordering::Relaxed)
     }
 
+    /// Fails where a buffer would be over the device's limits.
+    pub(super) fn check_size(&self, what: &str, size: u64) -> Result<()> {
+        if size <= self.max_binding {
+            return Ok(());
+        }
+        Err(Error::DeviceLimit {
+            device: self.info.name.clone(),
+            what: what.to_owned(),
+            needed: size,
+            limit_name: "maxStorageBufferBindingSize",
+            limit: self.max_binding,
+        })
+    }
+
     /// A zeroed buffer of at least `size` bytes; `what` says in errors what it is for.
     ///
     /// # Errors
@@ -257,15 +271,7 @@ impl Device {
     ) -> Result<Buffer> {
         // Nothing can be bound that is empty or no multiple of four.
         let size = size.next_multiple_of(16).max(16);
-        if size > self.max_binding {
-            return Err(Error::DeviceLimit {
-                device: self.info.name.clone(),
-                what: what.to_owned(),
-                needed: size,
-                limit_name: "maxStorageBufferBindingSize",
-                limit: self.max_binding,
-            });
-        }
+        self.check_size(what, size)?;
         let descriptor =
             wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
         let raw = self.scoped(|| self.raw.create_buffer(&descriptor)).map_err(|error| {

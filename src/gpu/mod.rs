@@ -108,6 +108,10 @@ impl Backend for Gpu {
         Norm::new(&self.device, weight, eps)
     }
 
+    fn check_rope(&self, context: usize, head_dim: usize) -> Result<()> {
+        Rope::check(&self.device, context, head_dim)
+    }
+
     fn rope(&self, table: &[[f32; 2]], head_dim: usize) -> Result<Rope> {
         Rope::new(&self.device, table, head_dim)
     }

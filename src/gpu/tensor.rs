@@ -96,6 +96,12 @@ pub struct Rope {
 }
 
 impl Rope {
+    pub(super) fn check(device: &Device, context: usize, head_dim: usize) -> Result<()> {
+        let bytes = (context as u64).saturating_mul(4 * head_dim as u64);
+        let what = format!("a context of {context} tokens (a smaller one takes less)");
+        device.check_size(&what, bytes)
+    }
+
     pub(super) fn new(device: &Device, table: &[[f32; 2]], head_dim: usize) -> Result<Self> {
         Ok(Self { table: device.storage_with("the rotary table", table)?, head_dim })
     }

@@ -31,7 +31,11 @@ impl FromStr for DeviceChoice {
     fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
         Ok(match text.to_ascii_lowercase().as_str() {
             // Most likely a shell variable that is not set.
-            "" => return Err("auto, gpu, cpu, or part of an adapter's name is needed".into()),
+            "" => {
+                return Err(
+                    "auto, gpu, cpu, reference, or part of an adapter's name is needed".into()
+                );
+            }
             "auto" => Self::Auto,
             "gpu" => Self::Gpu,
             "cpu" => Self::Cpu,
@@ -68,7 +72,15 @@ pub(super) fn open(options: &ModelOptions) -> Result<Opened> {
         DeviceChoice::Reference => Ok(Opened::Reference),
         DeviceChoice::Cpu => Ok(Opened::Cpu(cpu()?, None)),
         DeviceChoice::Gpu => gpu(Select::Hardware).map(Opened::Gpu),
-        DeviceChoice::Named(name) => gpu(Select::Named(name.clone())).map(Opened::Gpu),
+        DeviceChoice::Named(name) => {
+            gpu(Select::Named(name.clone())).map(Opened::Gpu).map_err(|error| match error {
+                Error::NoAdapter { wanted, found } => {
+                    let wanted = format!("{wanted} (the CPU is chosen by `cpu`)");
+                    Error::NoAdapter { wanted, found }
+                }
+                error => error,
+            })
+        }
         DeviceChoice::Auto => match gpu(Select::Hardware) {
             Ok(gpu) => Ok(Opened::Gpu(gpu)),
             Err(Error::NoAdapter { .. }) => {

@@ -244,6 +244,7 @@ impl<B: Backend> super::Engine for Transformer<B> {
 
     fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>> {
         let ModelConfig { attention, vocabulary, layers, .. } = self.config;
+        self.backend.check_rope(shape.context, attention.head_dim)?;
         let plan =
             super::plan_memory(&self.config, 4, WeightFormat::Stored, shape.context, &shape.policy);
         let (what, needed) = if self.backend.device().kind == DeviceKind::Cpu {

@@ -195,7 +195,18 @@ impl Session {
             true => vec![Vec::new(); config.layers],
             false => self.decoder.pages()?,
         };
-        CacheStatistics::new(&policy, &config.attention, length, &pages)
+        CacheStatistics::new(&policy, &config.attention, length, self.originals(length), &pages)
+    }
+
+    /// Original keys in a cache of `length` tokens: all where keys are plain, else the sink and
+    /// what of the ring behind it is written.
+    fn originals(&self, length: usize) -> usize {
+        let SessionShape { context, chunk, policy, .. } = self.shape;
+        if policy.is_dense() {
+            return length;
+        }
+        let sink = policy.sink.min(length);
+        sink + policy.recent_slots(context, chunk).min(length - sink)
     }
 
     /// A handle that stops this session from elsewhere.
@@ -225,7 +236,8 @@ impl Session {
     }
 
     /// Appends `prompt` to the text and continues it, token by token, as the returned iterator is
-    /// advanced. All but the last chunk of the prompt runs before this returns.
+    /// advanced. All but the last chunk of the prompt runs before this returns. Without a prompt, a
+    /// text that has filled its context ends at once, as [`FinishReason::ContextFull`].
     ///
     /// Dropping the iterator stops the generation; the session keeps what was made: also the
     /// end-of-sequence token, and the tokens that a stop text came up in.
@@ -245,7 +257,9 @@ impl Session {
         }
         let start = Instant::now();
         let text = TextStream::after(if prompt.is_empty() { &self.tokens } else { prompt });
-        let pending = self.prefill(prompt)?;
+        // The last token of a text that has filled its context has no place in the cache.
+        let full = prompt.is_empty() && self.tokens.len() > self.shape.context;
+        let pending = if full { 0 } else { self.prefill(prompt)? };
         let mut seen = TokenSet::new(self.model.config().vocabulary);
         self.tokens.iter().for_each(|&token| seen.insert(token));
         let mut generation = Generation {
@@ -263,6 +277,8 @@ impl Session {
         };
         if options.max_tokens == 0 {
             generation.finish = Some(FinishReason::MaxTokens);
+        } else if full {
+            generation.finish = Some(FinishReason::ContextFull);
         }
         Ok(generation)
     }

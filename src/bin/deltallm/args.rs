@@ -25,8 +25,9 @@ pub struct ModelArgs {
 #[derive(Args)]
 pub struct DeviceArgs {
     /// auto, gpu, cpu, reference, or part of an adapter's name as `deltallm devices` shows it
-    #[arg(long, default_value_t)]
-    pub device: DeviceChoice,
+    /// [default: auto]
+    #[arg(long)]
+    device: Option<DeviceChoice>,
 
     /// Format of float weights on the device
     #[arg(long, value_enum, default_value_t = Weights::Stored)]
@@ -88,11 +89,25 @@ impl ModelArgs {
 }
 
 impl DeviceArgs {
+    /// Refuses the options that choose a device.
+    pub fn refuse(&self, allowed: &str) -> Result<(), Error> {
+        let given = [
+            self.device.as_ref().map(|device| ("device", device.to_string())),
+            self.threads.map(|threads| ("threads", threads.to_string())),
+        ];
+        match given.into_iter().flatten().next() {
+            None => Ok(()),
+            Some((name, value)) => {
+                Err(Error::Parameter { name, value, allowed: allowed.to_owned() })
+            }
+        }
+    }
+
     /// Opens the model in `dir` with a progress bar, and says so where it runs on the CPU although
     /// that was not asked for.
     pub fn open(&self, dir: &Path, cancel: &Cancel) -> Result<Model, Error> {
         let options = ModelOptions {
-            device: self.device.clone(),
+            device: self.device.clone().unwrap_or_default(),
             weights: self.weights.into(),
             threads: self.threads,
             ..ModelOptions::default()

@@ -39,7 +39,7 @@ pub struct AttentionArgs {
     attention: Option<Preset>,
 
     #[arg(long, value_enum, value_name = "FORMAT",
-        help = default_help("How the keys of full pages are kept", |p| keys_name(&p.keys)))]
+        help = default_help("How the keys of full pages are kept", |p| p.keys.name().to_owned()))]
     keys: Option<Keys>,
 
     #[arg(long, value_name = "X|Xsigma", allow_hyphen_values = true, help = delta_help(
@@ -161,6 +161,16 @@ enum Cache {
 }
 
 impl AttentionArgs {
+    /// The same where a text is run as one prompt, and nothing decoded.
+    pub fn prompt_policy(&self) -> Result<AttentionPolicy, Error> {
+        if let Some(window) = self.window {
+            let allowed =
+                "has no effect here: it is the window of decoding, and nothing is decoded";
+            return Err(refused("window", window.to_string(), allowed));
+        }
+        self.policy()
+    }
+
     /// The policy that the options say.
     pub fn policy(&self) -> Result<AttentionPolicy, Error> {
         if let Some(text) = &self.policy {
@@ -175,7 +185,7 @@ impl AttentionArgs {
             (_, None) => {}
             (Some(Preset::Dense), Some(keys)) if !matches!(keys, Keys::Plain) => {
                 let allowed = "--attention dense keeps keys plain: leave it out";
-                return Err(refused("keys", keys_name(&self.key_format(&policy, keys)), allowed));
+                return Err(refused("keys", self.key_format(&policy, keys).name(), allowed));
             }
             (Some(Preset::Delta | Preset::Paper), Some(Keys::Plain)) => {
                 let allowed = "contradicts --attention delta and paper: use --attention dense";
@@ -233,11 +243,17 @@ impl AttentionArgs {
             ];
             return match given.into_iter().flatten().next() {
                 None => Ok(()),
-                Some((name, value)) => Err(refused(
-                    name,
-                    value,
-                    "needs delta keys: add --attention delta, --attention paper or --keys delta",
-                )),
+                Some((name, value)) => {
+                    let allowed = match self.keys {
+                        Some(_) => {
+                            format!("needs delta keys, but --keys is {}", policy.keys.name())
+                        }
+                        None => "needs delta keys: add --attention delta, --attention paper or \
+                                 --keys delta"
+                            .to_owned(),
+                    };
+                    Err(refused(name, value, &allowed))
+                }
             };
         };
         delta.threshold = self.theta.unwrap_or(delta.threshold);
@@ -276,15 +292,6 @@ impl AttentionArgs {
 
 fn refused(name: &'static str, value: impl Into<String>, allowed: &str) -> Error {
     Error::Parameter { name, value: value.into(), allowed: allowed.to_owned() }
-}
-
-fn keys_name(keys: &KeyFormat) -> String {
-    match keys {
-        KeyFormat::Plain => "plain".to_owned(),
-        KeyFormat::Int8 => "int8".to_owned(),
-        KeyFormat::Channel(bits) => format!("channel{}", bits.bits()),
-        KeyFormat::Delta(_) => "delta".to_owned(),
-    }
 }
 
 /// A help text with the default of each preset where they differ.

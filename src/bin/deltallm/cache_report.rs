@@ -4,19 +4,23 @@ use deltallm::delta::{CacheStatistics, PageStatistics};
 use deltallm::model::MemoryUse;
 use serde_json::{Value, json};
 
-use crate::output::{bytes, say};
+use crate::output::{bytes, say, tokens};
 
 /// Prints what keys and values take, and a table of the compressed heads, on standard error.
 pub fn print(statistics: &CacheStatistics, memory: &MemoryUse) {
     let total = statistics.total();
     say!("policy    {}", statistics.policy);
-    say!(
-        "cache     {} tokens: keys {}, values {}; dense f16 takes {}",
-        statistics.length,
-        bytes(memory.keys),
-        bytes(memory.values),
-        bytes(statistics.dense_bytes)
-    );
+    say!("cache     {}", tokens(statistics.length));
+    for (name, in_use, held) in [
+        ("keys", statistics.key_bytes, memory.keys),
+        ("values", statistics.value_bytes, memory.values),
+    ] {
+        let dense = bytes(statistics.dense_bytes / 2);
+        let (in_use, held) = (bytes(in_use), bytes(held));
+        say!(
+            "{name:<10}{in_use} in use, where dense f16 takes {dense}; {held} held with room to grow"
+        );
+    }
     if statistics.policy.is_dense() {
         return;
     }
@@ -62,6 +66,15 @@ fn table(layers: &[Vec<PageStatistics>]) {
         let cells: String = heads.iter().map(|head| format!("{:>8}", cell(head))).collect();
         say!("{layer:>5}{:>6}{cells}", cell(&all));
     }
+}
+
+/// What keys and values take, each: in use, held with room to grow, and in use were they dense f16.
+pub fn bytes_json(statistics: &CacheStatistics, memory: &MemoryUse) -> (Value, Value) {
+    let part = |in_use: u64, held: u64| {
+        let dense = statistics.dense_bytes / 2;
+        json!({ "in_use": in_use, "held": held, "dense_f16": dense })
+    };
+    (part(statistics.key_bytes, memory.keys), part(statistics.value_bytes, memory.values))
 }
 
 /// Everything that was counted: the whole cache, each layer, each head.

@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::args::ModelArgs;
 use crate::attention_args::{AttentionArgs, OPTIONS};
 use crate::cache_report;
-use crate::output::{Failure, Outcome, bytes, say, stop_on_interrupt};
+use crate::output::{Failure, Outcome, bytes, say, stop_on_interrupt, tokens};
 
 /// Options of `generate`.
 #[derive(clap::Args)]
@@ -34,11 +34,13 @@ pub struct Args {
     save: Option<PathBuf>,
 
     /// Go on with a session that --save has written, on whatever device; a prompt is appended to its
-    /// text. How keys and values are kept, and the context, are the file's
+    /// text. How keys and values are kept, and the context, are the file's. A file of another model with
+    /// equal shapes cannot be told apart
     #[arg(long, value_name = "FILE", conflicts_with_all = OPTIONS.into_iter().chain(["context", "echo"]))]
     load: Option<PathBuf>,
 
-    /// Tokens that the text may have in all [default: 4096, or what prompt and --max-tokens need]
+    /// Tokens that the text may have in all, up to the model's limit [default: 4096, or what prompt
+    /// and --max-tokens need, up to the model's limit]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
 
@@ -66,7 +68,8 @@ pub struct Args {
     #[arg(long, value_name = "R", default_value_t = 1.0)]
     repetition_penalty: f32,
 
-    /// The same seed gives the same text on the same device [default: 0]
+    /// The same seed gives the same text on the same device with the same number of threads
+    /// [default: 0]
     #[arg(long)]
     seed: Option<u64>,
 
@@ -86,7 +89,9 @@ pub struct Args {
     #[arg(short, long)]
     verbose: bool,
 
-    /// Print one JSON object at the end instead of the text
+    /// Print one JSON object at the end instead of the text. Its bytes of keys and values are
+    /// `in_use` by the tokens there are, `held` with room to grow, and what the same tokens take as
+    /// `dense_f16`
     #[arg(long)]
     json: bool,
 
@@ -130,23 +135,33 @@ pub fn run(args: &Args) -> Outcome {
         ignore_eos: args.ignore_eos,
     };
     let mut out = io::stdout().lock();
+    // Where nobody reads on, it ends as by Ctrl-C: what was made is still to be saved.
+    let mut printed = Ok(());
     if args.echo {
-        write!(out, "{prompt}")?;
-        out.flush()?;
+        printed = write!(out, "{prompt}").and_then(|()| out.flush());
+        if args.save.is_none() {
+            std::mem::replace(&mut printed, Ok(()))?;
+        }
     }
-    let mut generation = session.generate(&ids, &options)?;
+    let mut generation = session.generate(&ids, &options).inspect_err(|error| {
+        if matches!(error, Error::ContextFull { .. }) {
+            args.explain_full();
+        }
+    })?;
     let (mut new_ids, mut text) = (Vec::new(), String::new());
-    for piece in &mut generation {
-        let piece = piece?;
+    while printed.is_ok() {
+        let Some(piece) = generation.next().transpose()? else { break };
         new_ids.extend(piece.token);
         text.push_str(&piece.text);
         if !args.json {
-            out.write_all(piece.text.as_bytes())?;
-            out.flush()?;
+            printed = out.write_all(piece.text.as_bytes()).and_then(|()| out.flush());
         }
     }
     let finish = generation.finish_reason().cloned().unwrap_or(FinishReason::Cancelled);
     let timings = generation.timings();
+    if finish == FinishReason::ContextFull && new_ids.is_empty() {
+        args.explain_full();
+    }
     let memory = session.memory();
     let statistics = match args.json || args.verbose {
         true => Some(session.statistics()?),
@@ -171,8 +186,6 @@ pub fn run(args: &Args) -> Outcome {
             },
             "bytes": {
                 "weights": memory.weights,
-                "keys": memory.keys,
-                "values": memory.values,
                 "activations": memory.activations,
                 "scratch": memory.scratch,
             },
@@ -180,12 +193,13 @@ pub fn run(args: &Args) -> Outcome {
             "policy": session.policy().to_string(),
         });
         if let Some(statistics) = &statistics {
-            object["bytes"]["dense_f16"] = statistics.dense_bytes.into();
+            let (keys, values) = cache_report::bytes_json(statistics, &memory);
+            (object["bytes"]["keys"], object["bytes"]["values"]) = (keys, values);
             object["cache"] = cache_report::to_json(statistics);
         }
-        writeln!(out, "{object}")?;
-    } else {
-        writeln!(out)?;
+        printed = writeln!(out, "{object}");
+    } else if printed.is_ok() {
+        printed = writeln!(out);
     }
     if let Some(statistics) = statistics.filter(|_| args.verbose) {
         report(model, &timings, &memory, session.context(), &finish);
@@ -194,6 +208,7 @@ pub fn run(args: &Args) -> Outcome {
     if let Some(path) = &args.save {
         session.save(path)?;
     }
+    printed?;
     match finish {
         FinishReason::Cancelled => Err(Failure::Interrupted),
         _ => Ok(()),
@@ -215,6 +230,13 @@ impl Args {
             min_p: self.min_p.unwrap_or(default.min_p),
             repetition_penalty: self.repetition_penalty,
             seed: self.seed.unwrap_or(default.seed),
+        }
+    }
+
+    /// Says why a text that was loaded does not grow.
+    fn explain_full(&self) {
+        if self.load.is_some() {
+            say!("the context is full: a session's context is fixed when it is first saved");
         }
     }
 
@@ -288,19 +310,19 @@ fn report(
     }
     say!("load      {:.2} s", model.load_time().as_secs_f64());
     say!(
-        "prefill   {} tokens in {:.3} s, {}",
-        timings.prompt_tokens,
+        "prefill   {} in {:.3} s, {}",
+        tokens(timings.prompt_tokens),
         timings.prefill.as_secs_f64(),
         rate(timings.prefill_rate())
     );
     say!(
-        "decode    {} tokens in {:.3} s, {}",
-        timings.new_tokens.saturating_sub(1),
+        "decode    {} in {:.3} s, {}",
+        tokens(timings.new_tokens.saturating_sub(1)),
         timings.decode.as_secs_f64(),
         rate(timings.decode_rate())
     );
     say!(
-        "memory    {}: weights {}, cache {} for {context} tokens, activations {}, scratch {}",
+        "memory    {}: weights {}, cache {} of a context of {context} tokens, activations {}, scratch {}",
         bytes(memory.total()),
         bytes(memory.weights),
         bytes(memory.keys + memory.values),

@@ -65,19 +65,9 @@ pub struct Outline {
 }
 
 impl Scale {
-    /// From the smallest to the largest of `cells`.
-    pub fn of<'a>(
-        label: &'static str,
-        cells: impl IntoIterator<Item = &'a Vec<Option<f64>>>,
-        write: fn(f64) -> String,
-    ) -> Self {
-        let values = cells.into_iter().flatten().flatten();
-        let none = (f64::INFINITY, f64::NEG_INFINITY);
-        let (low, high) = values.fold(none, |(low, high), &x| (low.min(x), high.max(x)));
-        let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
-        // One value only: any width will do.
-        let high = if high > low { high } else { low + 1e-9_f64.max(low.abs()) };
-        Self { label, low, high, logarithmic: false, write }
+    /// From 0 to this, in equal steps.
+    pub fn to(high: f64, label: &'static str, write: fn(f64) -> String) -> Self {
+        Self { label, low: 0.0, high, logarithmic: false, write }
     }
 
     /// Where a number stands in the scale, from 0 to 1.

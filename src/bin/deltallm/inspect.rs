@@ -21,12 +21,13 @@ pub struct Args {
     /// Model directory
     dir: PathBuf,
 
-    /// Context length to count memory for [default: 4096, or the model's limit]
+    /// Context length to count memory for [default: 4096, or the model's limit]; with --prompt, tokens
+    /// that the text may have
     #[arg(long, value_name = "N")]
     context: Option<usize>,
 
     /// List every tensor
-    #[arg(long)]
+    #[arg(long, conflicts_with = "prompt")]
     tensors: bool,
 
     #[command(flatten)]
@@ -41,10 +42,19 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
-    let policy = args.attention.policy()?;
     if let Some(prompt) = &args.prompt.prompt {
-        return inspect_attention::run(&args.dir, &args.device, &policy, prompt, &args.prompt);
+        let policy = args.attention.prompt_policy()?;
+        return inspect_attention::run(
+            &args.dir,
+            &args.device,
+            &policy,
+            prompt,
+            &args.prompt,
+            args.context,
+        );
     }
+    let policy = args.attention.policy()?;
+    args.device.refuse("needs --prompt: without it no device is opened")?;
     let checkpoint = Checkpoint::open(&args.dir)?;
     let mut out = io::stdout().lock();
     let config = &checkpoint.config;

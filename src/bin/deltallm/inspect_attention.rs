@@ -9,12 +9,12 @@ use deltallm::backend::AttentionShape;
 use deltallm::delta::{
     AttentionPolicy, CompressedHead, HeadAnalysis, LayerTrace, PageStatistics, Window,
 };
-use deltallm::{Cancel, Error};
+use deltallm::{Cancel, Error, check_context};
 
 use crate::args::DeviceArgs;
 use crate::cache_report::percent;
 use crate::heat_map::{Axis, AxisKind, HeatMap, Outline, Scale};
-use crate::output::{Outcome, say, stop_on_interrupt, token_bar};
+use crate::output::{Outcome, count_bar, say, stop_on_interrupt, token_bar};
 
 /// Columns of the picture of kept deltas, at most.
 const DELTA_COLUMNS: usize = 360;
@@ -22,6 +22,12 @@ const DELTA_COLUMNS: usize = 360;
 const MAP_CELLS: usize = 256;
 /// Weights below this look alike.
 const LEAST_WEIGHT: f64 = 1e-6;
+/// The scale of errors reaches this at least: less is rounding.
+const LEAST_ERROR: f64 = 1e-6;
+/// From here on it is said that the analysis takes time.
+const LONG_PROMPT: usize = 4096;
+/// Every file that this command writes.
+const FILES: [&str; 5] = ["attention.csv", "zeros.svg", "deltas.svg", "attention.svg", "error.svg"];
 
 /// Options of `inspect` that need `--prompt`.
 #[derive(clap::Args)]
@@ -60,6 +66,7 @@ pub fn run(
     policy: &AttentionPolicy,
     prompt: &Path,
     args: &PromptArgs,
+    context: Option<usize>,
 ) -> Outcome {
     let text = fs::read_to_string(prompt).map_err(io_error(prompt))?;
     let cancel = Cancel::default();
@@ -68,13 +75,21 @@ pub fn run(
     let config = model.config();
     in_range("layer", args.layer, config.layers)?;
     in_range("head", args.head, config.attention.heads)?;
-    fs::create_dir_all(&args.out).map_err(io_error(&args.out))?;
-
     let ids = model.tokenizer().encode(&text)?;
+    if let Some(limit) = context {
+        check_context(limit, config)?;
+        if ids.len() > limit {
+            let (needed, model_limit) = (ids.len(), config.context);
+            return Err(Error::ContextFull { needed, limit, model_limit }.into());
+        }
+    }
+    if ids.len() >= LONG_PROMPT {
+        say!("{} tokens: the time of the analysis grows with their square", ids.len());
+    }
     let bar = token_bar(ids.len());
     let traces = model.probe(&ids, &cancel, |tokens| bar.set_position(tokens as u64))?;
     bar.finish_and_clear();
-    let bar = token_bar(traces.len());
+    let bar = count_bar(traces.len(), "layers");
     let mut layers = Vec::with_capacity(traces.len());
     for trace in &traces {
         if cancel.is_cancelled() {
@@ -86,11 +101,15 @@ pub fn run(
     bar.finish_and_clear();
     let found = Inspected { policy, shape: config.attention, tokens: ids.len(), layers };
 
-    print_table(&found)?;
-    let mut written = vec![write(&args.out, "attention.csv", &to_csv(&found))?];
+    let mut files = vec![("attention.csv", to_csv(&found))];
     for (name, picture) in pictures(&found, &traces[args.layer], args)? {
-        written.push(write(&args.out, name, &picture.draw().to_string())?);
+        files.push((name, picture.draw().to_string()));
     }
+    if cancel.is_cancelled() {
+        return Err(Error::Cancelled.into());
+    }
+    let written = replace_files(&args.out, &files)?;
+    print_table(&found)?;
     let names: Vec<String> = written.iter().map(|path| path.display().to_string()).collect();
     say!("wrote {}", names.join(", "));
     if policy.is_dense() {
@@ -114,10 +133,36 @@ fn io_error(path: &Path) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { path, source }
 }
 
-fn write(dir: &Path, name: &str, content: &str) -> Result<PathBuf, Error> {
-    let path = dir.join(name);
-    fs::write(&path, content).map_err(io_error(&path))?;
-    Ok(path)
+/// Puts these files into `dir` in place of all that an earlier run has left there. They are written
+/// beside it first: where that fails, `dir` is as it was.
+fn replace_files(dir: &Path, files: &[(&str, String)]) -> Result<Vec<PathBuf>, Error> {
+    fs::create_dir_all(dir).map_err(io_error(dir))?;
+    let new = tempfile::Builder::new().prefix(".inspect-").tempdir_in(dir);
+    let new = new.map_err(io_error(dir))?;
+    for (name, content) in files {
+        let path = new.path().join(name);
+        fs::write(&path, content).map_err(io_error(&path))?;
+    }
+    for name in FILES {
+        let path = dir.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error(&path)(error));
+            }
+            _ => {}
+        }
+    }
+    let mut written = Vec::new();
+    for (name, _) in files {
+        let path = dir.join(name);
+        if let Err(error) = fs::rename(new.path().join(name), &path) {
+            // Part of a set would be taken for the whole.
+            written.iter().for_each(|path: &PathBuf| drop(fs::remove_file(path)));
+            return Err(io_error(&path)(error));
+        }
+        written.push(path);
+    }
+    Ok(written)
 }
 
 /// A line a layer, and one for all.
@@ -244,7 +289,7 @@ fn zeros(found: &Inspected<'_>) -> HeatMap {
         subtitle: found.policy.to_string(),
         x: entries("KV head"),
         y: entries("layer"),
-        scale: Scale::of("share of zeros", &cells, percent),
+        scale: Scale::to(1.0, "share of zeros", percent),
         cells,
         outlines: Vec::new(),
         height: layers_height(found),
@@ -256,12 +301,13 @@ fn errors(found: &Inspected<'_>) -> HeatMap {
         heads.iter().flat_map(|head| head.output_errors.iter().map(|e| Some(*e))).collect()
     };
     let cells: Vec<_> = found.layers.iter().map(row).collect();
+    let largest = cells.iter().flatten().flatten().fold(LEAST_ERROR, |max, &x| max.max(x));
     HeatMap {
         title: "Error of the attention output, relative to dense attention".to_owned(),
         subtitle: found.policy.to_string(),
         x: entries("query head"),
         y: entries("layer"),
-        scale: Scale::of("|o - dense| / |dense|", &cells, |x| format!("{x:.1e}")),
+        scale: Scale::to(largest, "|o - dense| / |dense|", |x| format!("{x:.1e}")),
         cells,
         outlines: Vec::new(),
         height: layers_height(found),
@@ -300,13 +346,7 @@ fn kept(
         x: positions("token", tokens),
         y: entries("channel of the key"),
         cells: (0..found.shape.head_dim).map(row).collect(),
-        scale: Scale {
-            label: "share kept",
-            low: 0.0,
-            high: 1.0,
-            logarithmic: false,
-            write: |x| format!("{:.0}%", 100.0 * x),
-        },
+        scale: Scale::to(1.0, "share kept", |x| format!("{:.0}%", 100.0 * x)),
         outlines: Vec::new(),
         height: (5.0 * found.shape.head_dim as f64).clamp(200.0, 640.0),
     })

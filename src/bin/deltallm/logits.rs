@@ -31,7 +31,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
-    let policy = args.attention.policy()?;
+    let policy = args.attention.prompt_policy()?;
     let ids = read_ids(&args.ids)?;
     // Before the model is opened: a path that cannot be written should not cost a minute.
     let mut partial = Partial::create(&args.out)?;

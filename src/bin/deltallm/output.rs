@@ -103,8 +103,14 @@ pub fn load_bar(cancel: &Cancel) -> impl FnMut(LoadProgress) -> ControlFlow<()> 
 
 /// A progress bar over tokens, on a terminal only.
 pub fn token_bar(tokens: usize) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(tokens as u64), bar_target());
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} tokens {eta} left");
+    count_bar(tokens, "tokens")
+}
+
+/// A progress bar over things of this name, on a terminal only.
+pub fn count_bar(count: usize, things: &str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(count as u64), bar_target());
+    let style =
+        ProgressStyle::with_template(&format!("{{bar:40}} {{pos}}/{{len}} {things} {{eta}} left"));
     if let Ok(style) = style {
         bar.set_style(style);
     }
@@ -117,6 +123,11 @@ fn bar_target() -> ProgressDrawTarget {
     } else {
         ProgressDrawTarget::hidden()
     }
+}
+
+/// So many tokens, for people.
+pub fn tokens(n: usize) -> String {
+    if n == 1 { "1 token".to_owned() } else { format!("{n} tokens") }
 }
 
 /// Bytes for people, in powers of ten as disks and vendors count.
