@@ -278,7 +278,7 @@ fn help_states_the_defaults_of_every_policy_option() {
     let help = out(&ok(run(&["generate", "--help"])));
     for word in [
         "[default: dense]",
-        "[default: 0.5sigma, 0.6 with --attention paper]",
+        "[default: 0.7sigma, 0.6 with --attention paper]",
         "[default: mean, continuous with --attention paper]",
         "[default: int8, f16 with --attention paper]",
         "[default: sliding, block with --attention paper]",
