@@ -280,7 +280,7 @@ fn help_states_the_defaults_of_every_policy_option() {
         "[default: dense]",
         "[default: 0.7sigma, 0.6 with --attention paper]",
         "[default: mean, continuous with --attention paper]",
-        "[default: int8, f16 with --attention paper]",
+        "[default: int4, f16 with --attention paper]",
         "[default: sliding, block with --attention paper]",
     ] {
         assert!(help.contains(word), "{word}: {help}");
