@@ -10,7 +10,8 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `policy` | [`AttentionPolicy`]: every choice in one value, printed whole |
+//! | `policy` | [`AttentionPolicy`]: every choice in one value |
+//! | `policy_text` | the same printed whole, and read |
 //! | `window` | [`ExactRule`]: which keys a query sees exactly |
 //! | `page` | [`PageLayout`], [`Page`]: the bits of a compressed page, the same on every device |
 //! | `encode` | [`encode_page`]: keys to a page, the exact arithmetic that devices repeat |
@@ -35,6 +36,7 @@ mod originals;
 mod page;
 pub mod plain;
 mod policy;
+mod policy_text;
 mod statistics;
 mod values;
 mod window;

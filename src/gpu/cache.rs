@@ -187,7 +187,8 @@ impl Cache {
         let layout = PageLayout::new(&policy, attention.head_dim)?;
         let compressed = layout.map(|layout| {
             let keys = match layout.keys {
-                KeyFormat::Plain | KeyFormat::Int8 => PageKeys::Int8,
+                // Plain keys have no layout.
+                KeyFormat::Int8 | KeyFormat::Plain => PageKeys::Int8,
                 KeyFormat::Channel(bits) => PageKeys::Channel(bits),
                 KeyFormat::Delta(delta) => PageKeys::Delta(delta.reference, delta.deltas),
             };
