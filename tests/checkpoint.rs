@@ -449,7 +449,11 @@ fn the_planned_memory_is_what_a_session_holds() {
             let model = model.expect("opened");
             let attention = AttentionPolicy::plain(cache);
             let session_options = SessionOptions { context: Some(1024), attention };
-            let held = Session::new(&model, &session_options).expect("session").memory();
+            // Memory grows with the text, up to what is planned for the context.
+            let mut session = Session::new(&model, &session_options).expect("session");
+            let text: Vec<u32> = (0..1024).map(|i| 3 + i % 50).collect();
+            session.evaluate(&text).expect("a full context");
+            let held = session.memory();
             let plan = plan_memory(model.config(), 2, weights, 1024, &attention);
             let near = |held: u64, plan: u64| held.abs_diff(plan) * 20 <= plan;
             assert_eq!((held.keys, held.values), (plan.keys, plan.values), "{device}");

@@ -294,9 +294,19 @@ fn dense<B: Backend>(backend: &B, input: &Input) -> TestCaseResult {
     agrees(&text, &found.attention, values, keys, |_, _| true, terms, apart)
 }
 
+/// The policy's text with another value of a field that is in it.
+fn with_field(policy: &str, name: &str, value: &str) -> String {
+    let field = |word: &str| match word.split_once('=') {
+        Some((found, _)) if found == name => format!("{name}={value}"),
+        _ => word.to_owned(),
+    };
+    policy.split(' ').map(field).collect::<Vec<_>>().join(" ")
+}
+
 fn everything_in_the_window(variety: Variety) -> impl Strategy<Value = Input> {
     inputs(variety, all_formats(variety)).prop_map(|input| {
-        let policy = format!("{} alpha=1 window={}", input.policy, input.tokens);
+        let window = input.tokens.to_string();
+        let policy = with_field(&with_field(&input.policy, "alpha", "1"), "window", &window);
         Input { policy, ..input }
     })
 }
