@@ -12,22 +12,23 @@
 //! # Panics
 //! Operations panic where shapes or formats break the contract of [`crate::backend`].
 
+mod cache;
+
 use std::ops::Range;
 
 use half::f16;
 
 use crate::backend::{
-    Activation, AttentionShape, Backend, CacheBytes, CacheFormat, CacheShape, DeviceInfo,
-    DeviceKind, Footprint, KeyValueCache, MatrixFormat, Operations, Q8_BLOCK, Step, StreamShape,
-    TensorFormat,
+    Activation, AttentionShape, Backend, CacheShape, DeviceInfo, DeviceKind, Footprint,
+    MatrixFormat, Operations, Q8_BLOCK, Step, StreamShape, TensorFormat,
 };
 use crate::checkpoint::{Bytes, FloatType, MatrixSource};
 use crate::delta::{
-    AttentionPolicy, CacheImage, ExactRule, Page, PageLayout, Phase, decode_value, encode_page,
-    encode_value,
+    AttentionPolicy, CacheImage, ExactRule, Page, PageLayout, Phase, encode_page, encode_value,
 };
 use crate::error::{Error, Result};
 use crate::sampler::SampleStep;
+pub use cache::Cache;
 
 /// The reference backend.
 #[derive(Clone, Debug)]
@@ -241,95 +242,6 @@ fn quantize(x: &[f32], out: &mut [i8]) -> f32 {
         *o = (v * inverse).round_ties_even().clamp(-128.0, 127.0) as i8;
     }
     max / 127.0
-}
-
-/// Keys and values of one layer.
-///
-/// It keeps every original key beside the compressed pages: which of the two a query sees is
-/// decided when it attends.
-#[derive(Debug)]
-pub struct Cache {
-    shape: AttentionShape,
-    policy: AttentionPolicy,
-    /// Of the pages; nothing where keys are plain.
-    layout: Option<PageLayout>,
-    /// Tokens in it.
-    length: usize,
-    /// `[context, G, D]`, as `f32` that the policy's exact format can hold.
-    keys: Vec<f32>,
-    /// `[G][full pages]`.
-    pages: Vec<Vec<Page>>,
-    /// The keys that they stand for, `[G][full pages * C, D]`.
-    reconstruction: Vec<Vec<f32>>,
-    /// What the rows of `value_rows` stand for, `[context, G, D]`.
-    values: Vec<f32>,
-    /// Values as bytes, see [`encode_value`]; `[context, G]` rows.
-    value_rows: Vec<u8>,
-}
-
-impl Cache {
-    /// Rounds an original key to what the policy keeps of it.
-    fn round(&self, x: f32) -> f32 {
-        match self.policy.exact {
-            CacheFormat::F32 => x,
-            CacheFormat::F16 => f16::from_f32(x).to_f32(),
-        }
-    }
-
-    /// Where the key or value of a head at `position` begins.
-    fn at(&self, position: usize, kv_head: usize) -> usize {
-        (position * self.shape.kv_heads + kv_head) * self.shape.head_dim
-    }
-
-    /// The key `[D]` at `key` that a query at `query` sees.
-    fn key(&self, rule: &ExactRule, query: usize, key: usize, kv_head: usize) -> &[f32] {
-        let head_dim = self.shape.head_dim;
-        if rule.is_exact(query, key) {
-            &self.keys[self.at(key, kv_head)..][..head_dim]
-        } else {
-            &self.reconstruction[kv_head][key * head_dim..][..head_dim]
-        }
-    }
-
-    /// Original keys of a head at `positions`, `[N, D]`.
-    fn originals(&self, positions: Range<usize>, kv_head: usize) -> Vec<f32> {
-        let key = |n| &self.keys[self.at(n, kv_head)..][..self.shape.head_dim];
-        positions.flat_map(key).copied().collect()
-    }
-
-    /// The positions whose original keys an image holds.
-    fn exact_positions(&self, exact_from: usize) -> impl Iterator<Item = usize> + use<> {
-        let sink = if self.layout.is_some() { self.policy.sink.min(self.length) } else { 0 };
-        (0..sink).chain(exact_from..self.length)
-    }
-
-    /// Adds a full page of one head.
-    fn push_page(&mut self, kv_head: usize, page: Page) {
-        let layout = self.layout.as_ref().expect("compressed keys");
-        self.reconstruction[kv_head].extend(page.reconstruct(layout));
-        self.pages[kv_head].push(page);
-    }
-
-    /// Sets the value of a head at `position` from its row of bytes.
-    fn set_value(&mut self, position: usize, kv_head: usize, row: &[u8]) {
-        let AttentionShape { kv_heads, head_dim, .. } = self.shape;
-        self.value_rows[(position * kv_heads + kv_head) * row.len()..][..row.len()]
-            .copy_from_slice(row);
-        let at = self.at(position, kv_head);
-        let AttentionPolicy { values, exact, .. } = self.policy;
-        decode_value(values, exact, row, &mut self.values[at..][..head_dim]);
-    }
-}
-
-impl KeyValueCache for Cache {
-    fn held(&self) -> CacheBytes {
-        let pages = self.pages.iter().flatten().map(Page::bytes).sum::<u64>();
-        let reconstruction = self.reconstruction.iter().map(|keys| 4 * keys.len() as u64);
-        CacheBytes {
-            keys: 4 * self.keys.len() as u64 + pages + reconstruction.sum::<u64>(),
-            values: 4 * self.values.len() as u64 + self.value_rows.len() as u64,
-        }
-    }
 }
 
 /// A stream of reference operations; each is done when its call returns.
@@ -561,13 +473,7 @@ impl Operations<Reference> for Stream {
     }
 
     fn truncate(&mut self, cache: &mut Cache, length: usize) -> Result<()> {
-        cache.length = cache.length.min(length);
-        if let Some(layout) = cache.layout {
-            let pages = cache.length / layout.tokens;
-            let keys = pages * layout.tokens * layout.head_dim;
-            cache.pages.iter_mut().for_each(|all| all.truncate(pages));
-            cache.reconstruction.iter_mut().for_each(|all| all.truncate(keys));
-        }
+        cache.truncate(length);
         Ok(())
     }
 
@@ -576,56 +482,11 @@ impl Operations<Reference> for Stream {
     }
 
     fn save(&mut self, cache: &Cache, exact_from: usize) -> Result<CacheImage> {
-        let Cache { shape, policy, length, .. } = *cache;
-        let (mut exact, mut values) = (Vec::new(), Vec::new());
-        let row_bytes = policy.value_row_bytes(shape.head_dim);
-        for kv_head in 0..shape.kv_heads {
-            for n in cache.exact_positions(exact_from) {
-                for key in cache.originals(n..n + 1, kv_head) {
-                    match policy.exact {
-                        CacheFormat::F32 => exact.extend(key.to_le_bytes()),
-                        CacheFormat::F16 => exact.extend(f16::from_f32(key).to_le_bytes()),
-                    }
-                }
-            }
-            for n in 0..length {
-                let row = (n * shape.kv_heads + kv_head) * row_bytes;
-                values.extend(&cache.value_rows[row..][..row_bytes]);
-            }
-        }
-        Ok(CacheImage { length, pages: cache.pages.clone(), exact_from, exact, values })
+        Ok(cache.save(exact_from))
     }
 
     fn restore(&mut self, cache: &mut Cache, image: &CacheImage) -> Result<()> {
-        let Cache { shape, policy, .. } = *cache;
-        cache.length = image.length;
-        let mut exact = image.exact.chunks_exact(policy.exact.bytes());
-        let row_bytes = policy.value_row_bytes(shape.head_dim);
-        let mut rows = image.values.chunks_exact(row_bytes);
-        for kv_head in 0..shape.kv_heads {
-            for page in image.pages.get(kv_head).into_iter().flatten() {
-                cache.push_page(kv_head, page.clone());
-            }
-            // Keys whose originals are gone are what their pages stand for.
-            for (i, &key) in cache.reconstruction[kv_head].iter().enumerate() {
-                let at = (i / shape.head_dim * shape.kv_heads + kv_head) * shape.head_dim;
-                cache.keys[at + i % shape.head_dim] = key;
-            }
-            for n in cache.exact_positions(image.exact_from) {
-                let at = cache.at(n, kv_head);
-                for (key, bytes) in cache.keys[at..][..shape.head_dim].iter_mut().zip(&mut exact) {
-                    *key = match *bytes {
-                        [a, b] => f16::from_le_bytes([a, b]).to_f32(),
-                        [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
-                        _ => unreachable!("floats of two or four bytes"),
-                    };
-                }
-            }
-            for n in 0..image.length {
-                let row = rows.next().expect("a row of each value");
-                cache.set_value(n, kv_head, row);
-            }
-        }
+        cache.restore(image);
         Ok(())
     }
 
