@@ -20,11 +20,11 @@ from pathlib import Path
 HELD_OUT = 1 << 40  # the first seed of evaluation
 
 BEGIN, END, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
-KINDS = {"qa": 0.46, "coreference": 0.14, "passkey": 0.10, "story": 0.12, "chat": 0.18}
-# Drills, in which much can be known only by looking back: many of them at the beginning are meant
-# to make a model learn early to look back at all.
-DRILLS = {"again": 0.6, "list": 0.4}
-UNANSWERABLE = 0.25  # share of the questions
+KINDS = {"qa": 0.44, "coreference": 0.14, "passkey": 0.10, "story": 0.12, "chat": 0.20}
+# Nothing but facts and questions about all of them. Where stories have few questions, a model learns to
+# tell stories and never learns to look back; with these alone it does within a million tokens.
+DENSE = "dense"
+UNANSWERABLE = 0.2  # share of the questions
 UNKNOWN = "unknown"
 
 
@@ -94,6 +94,10 @@ def draw_pet(story: "Story") -> dict[str, str]:
 
 def draw_age(story: "Story") -> dict[str, str]:
     return {"v": str(story.rng.randint(18, 89))}
+
+
+def draw_phone(story: "Story") -> dict[str, str]:
+    return {"v": str(story.rng.randint(10000, 99999))}
 
 
 def draw_job(story: "Story") -> dict[str, str]:
@@ -168,6 +172,14 @@ ATTRIBUTES = {
         ["I am {v} years old"],
         [("How old is {n}?", "v")],
         ["Nobody would believe that {n} is {v} years old."],
+    ),
+    "phone": Attribute(
+        draw_phone,
+        ["The telephone number of {n} is {v}.", "{n} has the telephone number {v}."],
+        ["{P} telephone number is {v}.", "{S} has the telephone number {v}."],
+        ["My telephone number is {v}"],
+        [("What is the telephone number of {n}?", "v")],
+        ["Somebody dialled {v}, and {n} answered."],
     ),
     "bought": Attribute(
         draw_bought,
@@ -278,17 +290,21 @@ def listed(words: list[str]) -> str:
 class Story:
     """People, what is told of them, and what can be asked."""
 
-    def __init__(self, rng: random.Random, tokens: int, jobs: bool = False) -> None:
+    def __init__(self, rng: random.Random, tokens: int, jobs: bool = False, dense: bool = False) -> None:
         self.rng = rng
         self.tokens = round(tokens / 1.07)  # a rare word is more than one token
         self.taken: set[str] = set()
         # More people and facts in longer stories, but fewer for their length.
         count = 2 + (tokens > 110) + (tokens > 190) + (tokens > 380) + (tokens > 700)
+        if dense:
+            count = max(2, min(6, round(tokens / 45)))
         self.people = rng.sample(WOMEN, (count + 1) // 2) + rng.sample(MEN, count // 2)
         rng.shuffle(self.people)
         self.person = self.people[0]
         room = max(1, round((tokens - 10) / 13 * rng.uniform(0.6, 1.0)))
         each = min(max(1, round(room / count)), rng.randint(4, 7))
+        if dense:
+            each = max(1, min(9, round(tokens / 13 / count)))
         self.facts: dict[str, list[Fact]] = {}
         for person in self.people:
             self.person = person
@@ -613,46 +629,33 @@ def chat(rng: random.Random, tokens: int) -> Document:
     return Document("chat", pieces + [(END, False)])
 
 
-def told_again(rng: random.Random, tokens: int) -> Document:
-    """What a story told, in other words and another order."""
-    story = Story(rng, tokens // 2)
-    pieces = [(BEGIN + story.text(story.units()) + "\n\n", False)]
-    pieces += [(rng.choice(["Once more:", "In other words:", "In short:", "So we know this:"]), False)]
-    facts = [fact for facts in story.facts.values() for fact in facts]
-    rng.shuffle(facts)
-    size = estimate(pieces[0][0])
-    for fact in facts:
-        attribute = ATTRIBUTES[fact.attribute]
-        _, slot = rng.choice(attribute.ask)
-        sentence = rng.choice(attribute.tell).format(**fact.slots)
-        size += estimate(sentence) + 1
-        if size > tokens - 16:
+def dense(rng: random.Random, tokens: int) -> Document:
+    """Nothing but facts, and questions about all of them."""
+    deeds = rng.random() < 0.25
+    story = Story(rng, (tokens - 12) // (3 if deeds else 2), jobs=deeds, dense=True)
+    units, questions = story.units(), list(story.questions())
+    if deeds:
+        told, more = story.deeds(max(1, min(8, tokens // 100)))
+        units, questions = units + told, questions + more
+        rng.shuffle(questions)
+    text = " ".join(units)
+    pieces = [(BEGIN + text + "\n\n", False)]
+    size, unanswerable = estimate(text) + 4, story.unanswerable()
+    while questions:
+        question = next(unanswerable) if rng.random() < UNANSWERABLE else questions.pop()
+        size += estimate(question.text) + estimate(question.answer) + 6
+        if size > tokens and len(pieces) > 1:
             break
-        before, value, after = f" {sentence}".rpartition(f" {fact.slots[slot]}")
-        pieces += [(before, False), (value, True), (after, False)]
-    pieces[-1] = (pieces[-1][0] + "\n", False)
-    return Document("again", [piece for piece in pieces if piece[0]] + [(END, False)])
+        pieces += [(f"Question: {question.text}\nAnswer:", False), (f" {question.answer}\n", True)]
+    return Document(DENSE, pieces + [(END, False)])
 
 
-def word_list(rng: random.Random, tokens: int) -> Document:
-    """A list of words, and the same list again and again."""
-    words = rng.sample(WOMEN + MEN + PLACES + JOBS + COLOURS + OBJECTS + ANIMALS + NUMBERS, 80)
-    words = [word if rng.random() < 0.8 else str(rng.randint(0, 999)) for word in words]
-    count = rng.randint(4, max(5, min(80, tokens // 7)))
-    line = f" {', '.join(words[:count])}.\n"
-    times = max(2, (tokens - 6) // (estimate(line) * 5 // 4 + 3))
-    return Document("list", [(BEGIN + f"List:{line}" + f"Again:{line}" * (times - 1), False), (END, False)])
-
-
-def document(rng: random.Random, tokens: int, kind: str | None = None, drills: float = 0.1) -> Document:
-    """A document of about this many tokens (seldom a few more). drills: their share."""
+def document(rng: random.Random, tokens: int, kind: str | None = None, share: float = 0.1) -> Document:
+    """A document of about this many tokens (seldom a few more). share: of dense ones."""
     if not kind:
-        kinds = DRILLS if rng.random() < drills else KINDS
-        kind = rng.choices(list(kinds), list(kinds.values()))[0]
-    if kind == "again":
-        return told_again(rng, tokens)
-    if kind == "list":
-        return word_list(rng, tokens)
+        kind = DENSE if rng.random() < share else rng.choices(list(KINDS), list(KINDS.values()))[0]
+    if kind == DENSE:
+        return dense(rng, tokens)
     if kind == "story":
         return plain_story(rng, tokens)
     if kind == "chat":
@@ -751,7 +754,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print documents")
-    show.add_argument("--kind", choices=[*KINDS, *DRILLS])
+    show.add_argument("--kind", choices=[*KINDS, DENSE])
     show.add_argument("--tokens", type=int, default=256)
     show.add_argument("--seed", type=int, default=0)
     show.add_argument("-n", type=int, default=1, help="how many")
