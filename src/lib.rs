@@ -71,7 +71,7 @@ pub use error::{Error, Result};
 pub use model::{DeviceChoice, Model, ModelOptions};
 pub use sampler::Sampling;
 pub use session::{
-    Cancel, DEFAULT_CONTEXT, FinishReason, GenerateOptions, Generation, Piece, Session,
-    SessionOptions, Timings, check_context,
+    Cancel, DEFAULT_CONTEXT, FinishReason, GenerateOptions, Generation, LogitsOptions, LogitsRun,
+    Piece, Session, SessionOptions, Timings, check_context,
 };
 pub use tokenizer::Tokenizer;

@@ -1,6 +1,7 @@
 //! A text that a model continues: its cache, its sampling, and the pieces as they come.
 
 mod file;
+mod logits;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,10 +10,11 @@ use std::time::{Duration, Instant};
 use crate::checkpoint::ModelConfig;
 use crate::delta::{AttentionPolicy, CacheStatistics, Phase};
 use crate::error::{Error, Result};
-use crate::model::{Decoder, LOGITS_CHUNK, MemoryUse, Model, Output, SessionShape};
+use crate::model::{Decoder, MemoryUse, Model, Output, SessionShape};
 use crate::sampler::{Draws, SampleStep, Sampling, TokenSet};
 use crate::stop::StopScanner;
 use crate::tokenizer::TextStream;
+pub use logits::{LogitsOptions, LogitsRun};
 
 /// Context of a session where none is asked for, in tokens.
 pub const DEFAULT_CONTEXT: usize = 4096;
@@ -420,37 +422,6 @@ pub(crate) fn check_fits(needed: usize, limit: usize, model_limit: usize) -> Res
 
 fn not_finite() -> Error {
     Error::NotFinite { what: "the logits".into() }
-}
-
-impl Model {
-    /// Logits after every token of `ids`, run as one prompt: `sink` gets them in order, some rows of
-    /// `[vocabulary]` at a time.
-    ///
-    /// # Errors
-    /// As [`Session::generate`], and whatever `sink` returns.
-    pub fn logits(
-        &self,
-        ids: &[u32],
-        policy: &AttentionPolicy,
-        cancel: &Cancel,
-        mut sink: impl FnMut(&[f32]) -> Result<()>,
-    ) -> Result<()> {
-        let limit = self.config().context;
-        check_fits(ids.len(), limit, limit)?;
-        let (context, chunk) = (ids.len().max(1), LOGITS_CHUNK);
-        let shape = SessionShape { context, chunk, logit_rows: chunk, policy: *policy };
-        let mut session = Session::with_shape(self, shape)?;
-        session.append(ids)?;
-        for chunk in ids.chunks(LOGITS_CHUNK) {
-            if cancel.is_cancelled() {
-                return Err(Error::Cancelled);
-            }
-            let phase = session.phase();
-            session.decoder.forward(chunk, phase, Output::AllLogits)?;
-            sink(&finite(session.decoder.logits()?)?)?;
-        }
-        Ok(())
-    }
 }
 
 fn finite(logits: Vec<f32>) -> Result<Vec<f32>> {

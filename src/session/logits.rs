@@ -1,0 +1,131 @@
+//! A given text run through a model for its logits: how well the model expects each token.
+
+use std::sync::Arc;
+
+use super::{Cancel, Session, check_fits, finite};
+use crate::delta::{AttentionPolicy, CacheStatistics};
+use crate::error::{Error, Result};
+use crate::model::{LOGITS_CHUNK, Model, Output, PREFILL_CHUNK, SessionShape};
+
+/// Which part of a text is a prompt, and where logits begin to be of interest.
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
+pub struct LogitsOptions {
+    /// How keys and values are kept.
+    pub attention: AttentionPolicy,
+    /// Tokens that run as one prompt; the others are fed one by one, as in decoding. `None` takes
+    /// the whole text.
+    pub prompt: Option<usize>,
+    /// The first token whose logits are wanted: those after it, which foretell the next one.
+    pub from: usize,
+}
+
+/// A text on its way through a model, some tokens at a time, so that two runs of one text can be
+/// compared without keeping all logits of either.
+///
+/// Runs of the same text with the same `prompt` and `from` give rows in the same portions.
+#[derive(Debug)]
+pub struct LogitsRun {
+    session: Session,
+    ids: Arc<[u32]>,
+    prompt: usize,
+    from: usize,
+}
+
+impl LogitsRun {
+    /// Begins to run `ids`.
+    ///
+    /// # Errors
+    /// No token, one outside the vocabulary, more than the model's context; a policy out of range;
+    /// too little device memory.
+    pub fn new(
+        model: &Model,
+        ids: impl Into<Arc<[u32]>>,
+        options: &LogitsOptions,
+        cancel: &Cancel,
+    ) -> Result<Self> {
+        let ids = ids.into();
+        let limit = model.config().context;
+        check_fits(ids.len(), limit, limit)?;
+        let vocabulary = model.config().vocabulary;
+        if let Some(&token) = ids.iter().find(|&&token| token as usize >= vocabulary) {
+            return Err(Error::TokenOutOfRange { token, vocabulary });
+        }
+        let context = ids.len().max(1);
+        let shape = SessionShape {
+            context,
+            chunk: PREFILL_CHUNK.min(context),
+            logit_rows: LOGITS_CHUNK.min(context),
+            policy: options.attention,
+        };
+        let mut session = Session::with_shape(model, shape)?;
+        session.cancel_with(cancel.clone());
+        let prompt = options.prompt.unwrap_or(ids.len()).clamp(1, context);
+        session.append(ids.get(..prompt).unwrap_or_default())?;
+        Ok(Self { session, ids, prompt, from: options.from })
+    }
+
+    /// The logits after the next tokens, `[tokens, vocabulary]`; `None` after the last one.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`], logits that are not finite, a fault of the device.
+    pub fn next_rows(&mut self) -> Result<Option<Vec<f32>>> {
+        loop {
+            let session = &mut self.session;
+            let start = session.decoder.length();
+            if start == self.ids.len() {
+                return Ok(None);
+            }
+            if session.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let in_prompt = start < self.prompt;
+            if !in_prompt {
+                session.tokens.push(self.ids[start]);
+            }
+            let (part, wanted) = (if in_prompt { self.prompt } else { start + 1 }, self.from);
+            let end = match start < wanted {
+                true => part.min(wanted).min(start + PREFILL_CHUNK),
+                false => part.min(start + LOGITS_CHUNK),
+            };
+            let phase = session.phase();
+            let output = if start < wanted { Output::Nothing } else { Output::AllLogits };
+            session.decoder.forward(&self.ids[start..end], phase, output)?;
+            if start < wanted {
+                // One step at a time is on its way: work that is queued cannot be cancelled.
+                session.decoder.wait()?;
+            } else {
+                return Ok(Some(finite(session.decoder.logits()?)?));
+            }
+        }
+    }
+
+    /// What the compressed keys are by now.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn statistics(&mut self) -> Result<CacheStatistics> {
+        self.session.statistics()
+    }
+}
+
+impl Model {
+    /// Logits after every token of `ids`, run as one prompt: `sink` gets them in order, some rows of
+    /// `[vocabulary]` at a time.
+    ///
+    /// # Errors
+    /// As [`LogitsRun`], and whatever `sink` returns.
+    pub fn logits(
+        &self,
+        ids: &[u32],
+        policy: &AttentionPolicy,
+        cancel: &Cancel,
+        mut sink: impl FnMut(&[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let options = LogitsOptions { attention: *policy, ..LogitsOptions::default() };
+        let mut run = LogitsRun::new(self, ids, &options, cancel)?;
+        while let Some(rows) = run.next_rows()? {
+            sink(&rows)?;
+        }
+        Ok(())
+    }
+}
