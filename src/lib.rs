@@ -35,6 +35,8 @@
 //!   what that costs. It knows no device.
 //! - [`gpu`], [`cpu`] and [`mod@reference`] each implement them. [`mod@reference`] is slow and plain: read
 //!   it to know what an operation does. [`conformance`] holds the other two against it.
+//! - [`eval`] asks what a policy costs: tasks, their metrics with standard errors, and the divergence
+//!   from dense attention.
 //! - [`Session`] is a text in progress: its cache, its sampling, its stream of pieces.
 //!
 //! An operation has one name everywhere: `norm` is `shaders/norm.wgsl`, `src/gpu/norm.rs`,
@@ -58,6 +60,7 @@ pub mod conformance;
 pub mod cpu;
 pub mod delta;
 mod error;
+pub mod eval;
 mod formats;
 pub mod gpu;
 pub mod model;

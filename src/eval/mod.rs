@@ -1,0 +1,21 @@
+//! How good a model is at tasks, and what a policy costs of that.
+//!
+//! A [`Task`] is a file of rows: texts (perplexity), choices, questions with answers in a text, and
+//! passkeys. [`Prepared`] makes tokens of a row, [`Scorer`] runs it with several policies side by
+//! side, and [`Summary`] has the figures with their standard errors.
+
+mod estimate;
+mod formats;
+mod passkey;
+mod prepare;
+mod rows;
+mod score;
+pub mod squad;
+mod summary;
+
+pub use estimate::Estimate;
+pub use passkey::PasskeyOptions;
+pub use prepare::{Part, PrepareOptions, Prepared};
+pub use rows::{Content, Row, Task, TaskKind};
+pub use score::{Candidate, KeyCounts, Outcome, Score, Scorer, Stage};
+pub use summary::{Metric, Summary};
