@@ -630,14 +630,19 @@ def chat(rng: random.Random, tokens: int) -> Document:
 
 
 def dense(rng: random.Random, tokens: int) -> Document:
-    """Nothing but facts, and questions about all of them."""
-    deeds = rng.random() < 0.25
-    story = Story(rng, (tokens - 12) // (3 if deeds else 2), jobs=deeds, dense=True)
-    units, questions = story.units(), list(story.questions())
+    """Nothing but facts, or deeds, and questions about all of them."""
+    deeds = rng.random() < 0.35
+    jobs = deeds and tokens > 100 and rng.random() < 0.5
+    story = Story(rng, (tokens - 12) // 2, jobs=jobs, dense=True)
     if deeds:
-        told, more = story.deeds(max(1, min(8, tokens // 100)))
-        units, questions = units + told, questions + more
+        for person, facts in story.facts.items():
+            story.facts[person] = [fact for fact in facts if jobs and fact.attribute == "job"]
+        units, questions = story.units(), list(story.questions())
+        told, more = story.deeds(min(len(DEEDS), max(2, (tokens - 30 * jobs) // 32)))
+        units, questions = units + told, questions[:1] + more
         rng.shuffle(questions)
+    else:
+        units, questions = story.units(), list(story.questions())
     text = " ".join(units)
     pieces = [(BEGIN + text + "\n\n", False)]
     size, unanswerable = estimate(text) + 4, story.unanswerable()
