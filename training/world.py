@@ -719,9 +719,10 @@ def extractive(seed: int, count: int, tokens: int) -> Iterator[dict]:
             assert starts, (text, question)
         yield {
             "id": f"qa-{tokens}-{i}",
-            "title": question.attribute,
             "context": text,
             "question": question.text,
+            "prompt": prompt(text, question.text),
+            "no_answer": UNKNOWN,
             "answers": answers,
             "is_impossible": kind == "unanswerable",
         }

@@ -19,6 +19,9 @@ pub struct Metric {
 pub struct Summary {
     /// The metrics, the main one first.
     pub metrics: Vec<Metric>,
+    /// The main metric less the first candidate's, row by row, which is known much better than
+    /// either; of perplexity the relative change.
+    pub change: Estimate,
     /// Divergence from the first candidate, nats a token.
     pub kl: Estimate,
     /// Counts over the compressed keys.
@@ -36,7 +39,9 @@ impl Summary {
     ///   with the greatest.
     /// - question: `f1` and `exact` over all questions, and over those with and without an answer.
     /// - passkey: `found`, over all and for each length and depth.
-    pub fn new(kind: TaskKind, outcomes: &[&Outcome]) -> Option<Self> {
+    ///
+    /// `first` are the first candidate's outcomes of the same rows.
+    pub fn new(kind: TaskKind, outcomes: &[&Outcome], first: &[&Outcome]) -> Option<Self> {
         let metrics = match kind {
             TaskKind::Text => text(outcomes),
             TaskKind::Choice => choice(outcomes),
@@ -51,7 +56,8 @@ impl Summary {
         outcomes.iter().for_each(|outcome| keys += outcome.keys);
         let kl = Estimate::ratio(outcomes.iter().map(|o| (o.kl, o.kl_tokens as f64)))?;
         let seconds = outcomes.iter().map(|outcome| outcome.seconds).sum();
-        (!metrics.is_empty()).then_some(Self { metrics, kl, keys, seconds })
+        let change = change(kind, outcomes, first)?;
+        (!metrics.is_empty()).then_some(Self { metrics, change, kl, keys, seconds })
     }
 
     /// The main metric.
@@ -84,40 +90,78 @@ impl Summary {
 
 type Named = (String, Option<Estimate>);
 
-fn text(outcomes: &[&Outcome]) -> Vec<Named> {
-    let texts: Vec<(&[(f64, usize)], usize)> = outcomes
-        .iter()
-        .filter_map(|outcome| match &outcome.score {
-            Score::Text { windows, bytes } => Some((windows.as_slice(), *bytes)),
-            _ => None,
-        })
-        .collect();
-    let nats = |windows: &[(f64, usize)]| windows.iter().map(|w| w.0).sum::<f64>();
-    let tokens = |windows: &[(f64, usize)]| windows.iter().map(|w| w.1).sum::<usize>() as f64;
-    let perplexity = match texts.as_slice() {
-        // Windows of one text are not independent either, but say more than nothing.
-        [(windows, _)] => Estimate::ratio(windows.iter().map(|w| (w.0, w.1 as f64))),
-        _ => Estimate::ratio(texts.iter().map(|(windows, _)| (nats(windows), tokens(windows)))),
+/// Nats and tokens of a text's windows.
+fn windows(outcome: &Outcome) -> &[(f64, usize)] {
+    match &outcome.score {
+        Score::Text { windows, .. } => windows,
+        _ => &[],
+    }
+}
+
+/// The main metric of each row, less the first candidate's.
+fn change(kind: TaskKind, outcomes: &[&Outcome], first: &[&Outcome]) -> Option<Estimate> {
+    let pairs = outcomes.iter().zip(first);
+    if kind != TaskKind::Text {
+        let score = |outcome: &Outcome| match &outcome.score {
+            Score::Choice { log_likelihoods, lengths, label } => {
+                share(likeliest(log_likelihoods, lengths) == *label)
+            }
+            Score::Question { f1, .. } => *f1,
+            Score::Passkey { right, .. } => share(*right),
+            Score::Text { .. } => 0.0,
+        };
+        return Estimate::mean(pairs.map(|(one, first)| score(one) - score(first)));
+    }
+    let differences = |(one, first): (&&Outcome, &&Outcome)| -> Vec<(f64, f64)> {
+        let pairs = windows(one).iter().zip(windows(first));
+        pairs.map(|(one, first)| (one.0 - first.0, one.1 as f64)).collect()
     };
-    let bytes =
-        Estimate::ratio(texts.iter().map(|(windows, bytes)| (nats(windows), *bytes as f64)));
+    let texts: Vec<Vec<(f64, f64)>> = pairs.map(differences).collect();
+    let whole = |text: &Vec<(f64, f64)>| {
+        text.iter().fold((0.0, 0.0), |sum, window| (sum.0 + window.0, sum.1 + window.1))
+    };
+    let nats = match texts.as_slice() {
+        [windows] => Estimate::ratio(windows.iter().copied()),
+        _ => Estimate::ratio(texts.iter().map(whole)),
+    }?;
+    Some(Estimate { value: nats.value.exp_m1(), ..nats.exp() })
+}
+
+fn text(outcomes: &[&Outcome]) -> Vec<Named> {
+    let nats = |outcome: &Outcome| windows(outcome).iter().map(|w| w.0).sum::<f64>();
+    let tokens = |outcome: &Outcome| windows(outcome).iter().map(|w| w.1 as f64).sum::<f64>();
+    let perplexity = match outcomes {
+        // Windows of one text are not independent either, but say more than nothing.
+        [outcome] => Estimate::ratio(windows(outcome).iter().map(|w| (w.0, w.1 as f64))),
+        _ => Estimate::ratio(outcomes.iter().map(|outcome| (nats(outcome), tokens(outcome)))),
+    };
+    let bytes = Estimate::ratio(outcomes.iter().map(|outcome| match &outcome.score {
+        Score::Text { bytes, .. } => (nats(outcome), *bytes as f64),
+        _ => (0.0, 0.0),
+    }));
     vec![
         ("perplexity".into(), perplexity.map(Estimate::exp)),
         ("bits_per_byte".into(), bytes.map(|e| e.times(1.0 / std::f64::consts::LN_2))),
     ]
 }
 
+/// The choice with the greatest log-likelihood a character; the first of equal ones.
+fn likeliest(log_likelihoods: &[f64], lengths: &[usize]) -> usize {
+    let scores = log_likelihoods.iter().zip(lengths);
+    let scores = scores.map(|(score, length)| score / (*length).max(1) as f64);
+    let best = scores.enumerate().fold((0, f64::NEG_INFINITY), |best, (index, score)| {
+        if score > best.1 { (index, score) } else { best }
+    });
+    best.0
+}
+
 fn choice(outcomes: &[&Outcome]) -> Vec<Named> {
     let right = |normalised: bool| {
         outcomes.iter().filter_map(move |outcome| match &outcome.score {
             Score::Choice { log_likelihoods, lengths, label } => {
-                let scores = log_likelihoods.iter().zip(lengths).map(|(score, length)| {
-                    if normalised { score / (*length).max(1) as f64 } else { *score }
-                });
-                let best = scores.enumerate().fold((0, f64::NEG_INFINITY), |best, (i, score)| {
-                    if score > best.1 { (i, score) } else { best }
-                });
-                Some(share(best.0 == *label))
+                let ones = vec![1; lengths.len()];
+                let lengths = if normalised { lengths } else { &ones };
+                Some(share(likeliest(log_likelihoods, lengths) == *label))
             }
             _ => None,
         })

@@ -4,12 +4,14 @@ mod args;
 mod attention_args;
 mod cache_report;
 mod devices;
+mod eval;
 mod generate;
 mod heat_map;
 mod inspect;
 mod inspect_attention;
 mod logits;
 mod output;
+mod scatter;
 
 use std::process::ExitCode;
 
@@ -32,6 +34,8 @@ enum Command {
     /// Show a model directory: architecture, tensors, and the memory that a context needs; with
     /// --prompt, what the attention options do to each head
     Inspect(inspect::Args),
+    /// Tasks, their metrics, and what attention policies cost of them
+    Eval(eval::Args),
     /// Write the f32 logits of every position, to compare with other engines
     Logits(logits::Args),
 }
@@ -44,6 +48,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Devices(args) => devices::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Logits(args) => logits::run(&args),
     };
     output::exit(result)

@@ -1,0 +1,315 @@
+//! `deltallm eval`: how good a model is at tasks, and what attention policies cost of that.
+
+mod candidates;
+mod report;
+mod samples;
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use deltallm::eval::{Candidate, PasskeyOptions, PrepareOptions, Prepared, Scorer, Stage, Task};
+use deltallm::{Cancel, Error, Model};
+
+use crate::args::ModelArgs;
+use crate::attention_args::AttentionArgs;
+use crate::output::{Failure, Outcome, count_bar, say, stop_on_interrupt};
+use report::Report;
+use samples::Samples;
+
+/// Window of a text where the model allows more, in tokens.
+const WINDOW: usize = 2048;
+
+const FIELDS: &str = "\
+Files, one row a line (.jsonl), are recognised by their fields:
+  text          text
+  choice        context, choices (with the space before them), label (from 0)
+  question      context, question, answers ([...] or {\"text\": [...]}; none where unanswerable);
+                optional title, prompt, no_answer [default: unanswerable]
+  passkey       context (ending in the question), answer; optional depth (0 to 1), length
+  Winogrande    sentence, option1, option2, answer
+  ARC           question, choices {text, label}, answerKey (OpenBookQA: question_stem)
+  PIQA          goal, sol1, sol2, label
+  HellaSwag     activity_label, ctx_a, ctx_b, endings, label
+  lm-evaluation-harness --log_samples: doc, arguments, target
+SQuAD's own .json files are read, too. Any other file is one text.
+
+Metrics: perplexity; accuracy by log-likelihood (acc) and by log-likelihood a character (acc_norm);
+F1 and exact match as SQuAD 2.0 scores them, an answer equal to no_answer counting as none;
+passkeys found. ± is the standard error over rows.";
+
+/// Options of `eval`.
+#[derive(clap::Args)]
+#[command(after_long_help = FIELDS)]
+pub struct Args {
+    /// Tasks: texts, and files of rows as listed below
+    #[arg(value_name = "FILE", required_unless_present = "passkey_lengths")]
+    files: Vec<PathBuf>,
+
+    #[command(flatten)]
+    model: ModelArgs,
+
+    /// Compare policies: every combination of these values, such as theta=0.5sigma,1sigma; may be
+    /// given more than once. Other fields are those of the attention options, or of
+    /// --attention delta
+    #[arg(long, value_name = "FIELD=A,B,..")]
+    sweep: Vec<String>,
+
+    /// One more policy, as text; may be given more than once
+    #[arg(long, value_name = "POLICY")]
+    compare: Vec<String>,
+
+    /// What of a row runs as a prompt: all of it, or only what stands before the tokens that are
+    /// scored or answered; or both, one after the other
+    #[arg(long, value_enum, default_value_t = Stages::Prefill)]
+    stage: Stages,
+
+    /// Rows of each file at most
+    #[arg(long, value_name = "N", default_value_t = usize::MAX, hide_default_value = true)]
+    limit: usize,
+
+    /// Tokens of a window of a text [default: 2048, or the model's context where that is less]
+    #[arg(long, value_name = "N")]
+    length: Option<usize>,
+
+    /// Tokens from one window of a text to the next [default: half a window]
+    #[arg(long, value_name = "N")]
+    stride: Option<usize>,
+
+    /// Tokens that an answer may have
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    answer_tokens: usize,
+
+    /// Make a passkey task with prompts of these lengths in tokens
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    passkey_lengths: Vec<usize>,
+
+    /// Where the key is told: 0 at the beginning, 1 at the end
+    #[arg(long, value_name = "D,..", value_delimiter = ',', requires = "passkey_lengths",
+        default_values_t = [0.0, 0.25, 0.5, 0.75, 1.0])]
+    passkey_depths: Vec<f64>,
+
+    /// Keys for each length and depth
+    #[arg(long, value_name = "N", requires = "passkey_lengths", default_value_t = 10)]
+    passkey_count: usize,
+
+    /// Leave out rows that do not fit in the model's context, instead of an error
+    #[arg(long)]
+    skip_long: bool,
+
+    /// Directory for results.json, results.csv, plots, and samples.jsonl with every row's outcome; a
+    /// run that was stopped goes on from there
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+
+    /// Forget what an earlier run has left in --out
+    #[arg(long, requires = "out")]
+    fresh: bool,
+
+    /// Print JSON instead of tables
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    attention: AttentionArgs,
+}
+
+/// Which stages to run.
+#[derive(Clone, Copy, ValueEnum)]
+enum Stages {
+    Prefill,
+    Decode,
+    Both,
+}
+
+impl Stages {
+    fn list(self) -> &'static [Stage] {
+        match self {
+            Self::Prefill => &[Stage::Prefill],
+            Self::Decode => &[Stage::Decode],
+            Self::Both => &[Stage::Prefill, Stage::Decode],
+        }
+    }
+}
+
+/// A task as tokens.
+pub struct Work {
+    pub task: Task,
+    /// `None` for a row that is left out.
+    pub rows: Vec<Option<Prepared>>,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Outcome {
+    let candidates = candidates::list(&args.attention.policy()?, &args.sweep, &args.compare)?;
+    let mut tasks = args
+        .files
+        .iter()
+        .map(|file| Task::read(file, args.limit))
+        .collect::<Result<Vec<_>, _>>()?;
+    let cancel = Cancel::default();
+    stop_on_interrupt(cancel.clone());
+    let opened = args.model.open(&cancel)?;
+    let model = &opened.model;
+    if !args.passkey_lengths.is_empty() {
+        let options = PasskeyOptions {
+            lengths: args.passkey_lengths.clone(),
+            depths: args.passkey_depths.clone(),
+            count: args.passkey_count,
+            seed: 0,
+        };
+        tasks.push(options.task(model.tokenizer())?);
+    }
+    names_differ(&mut tasks);
+    let work = args.prepare(model, tasks)?;
+    let samples = Samples::open(
+        args.out.as_deref(),
+        args.fresh,
+        &args.settings(&opened.name, model, &candidates, &work),
+    )?;
+    let mut report = Report::new(&opened.name, model, &candidates);
+    let finished = score(args, model, &candidates, &work, samples, &cancel, &mut report);
+    if let Err(Failure::Interrupted) = finished {
+        say!(
+            "stopped: {}",
+            match &args.out {
+                Some(_) => "the same command goes on from here",
+                None => "with --out DIR, the same command would go on from here",
+            }
+        );
+        return finished;
+    }
+    finished?;
+    if let Some(out) = &args.out {
+        report.write(out)?;
+    }
+    let mut stdout = std::io::stdout().lock();
+    match args.json {
+        true => writeln!(stdout, "{:#}", report.json())?,
+        false => write!(stdout, "{}", report.tables())?,
+    }
+    Ok(())
+}
+
+fn score(
+    args: &Args,
+    model: &Model,
+    candidates: &[Candidate],
+    work: &[Work],
+    mut samples: Samples,
+    cancel: &Cancel,
+    report: &mut Report,
+) -> Outcome {
+    let rows = |work: &Work| work.rows.iter().flatten().map(Prepared::tokens).sum::<usize>();
+    let all = work.iter().map(rows).sum::<usize>() * args.stage.list().len();
+    let bar = count_bar(all, "tokens of each policy");
+    for &stage in args.stage.list() {
+        let scorer = Scorer { model, candidates, stage, cancel: cancel.clone() };
+        for (index, work) in work.iter().enumerate() {
+            let mut outcomes = Vec::new();
+            for (number, row) in work.rows.iter().enumerate() {
+                let Some(row) = row else { continue };
+                let found = match samples.get(stage, index, number) {
+                    Some(found) => found,
+                    None => {
+                        let found = scorer.score(row)?;
+                        samples.put(stage, index, number, &work.task.rows[number].id, &found)?;
+                        found
+                    }
+                };
+                outcomes.push(found);
+                bar.inc(row.tokens() as u64);
+            }
+            bar.suspend(|| report.add(work, stage, &outcomes));
+        }
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+impl Args {
+    fn prepare_options(&self, model: &Model) -> PrepareOptions {
+        let length = self.length.unwrap_or(WINDOW.min(model.config().context));
+        let stride = self.stride.unwrap_or((length / 2).max(1));
+        PrepareOptions { length, stride, answer: self.answer_tokens }
+    }
+
+    /// Makes tokens of all rows, so that what is wrong with one is found before the work begins.
+    fn prepare(&self, model: &Model, tasks: Vec<Task>) -> Result<Vec<Work>, Error> {
+        let (options, context) = (self.prepare_options(model), model.config().context);
+        let mut all = Vec::with_capacity(tasks.len());
+        for task in tasks {
+            let mut rows = Vec::with_capacity(task.rows.len());
+            for row in &task.rows {
+                let prepared = Prepared::new(row, model.tokenizer(), &options)?;
+                let needed = prepared.longest();
+                if needed > context && !self.skip_long {
+                    return Err(Error::Parameter {
+                        name: "row",
+                        value: format!("{} of {}", row.id, task.name),
+                        allowed: format!(
+                            "needs {needed} tokens, but the model's context is {context}; \
+                             --skip-long leaves such rows out, and --length shortens the windows of a \
+                             text"
+                        ),
+                    });
+                }
+                rows.push((needed <= context).then_some(prepared));
+            }
+            if rows.iter().all(Option::is_none) {
+                return Err(Error::Parameter {
+                    name: "task",
+                    value: task.name,
+                    allowed: format!("no row fits in the model's context of {context} tokens"),
+                });
+            }
+            all.push(Work { task, rows });
+        }
+        Ok(all)
+    }
+
+    /// Everything that outcomes depend on, as text: a run goes on only where it is the same.
+    fn settings(
+        &self,
+        name: &str,
+        model: &Model,
+        candidates: &[Candidate],
+        work: &[Work],
+    ) -> String {
+        let mut text = format!(
+            "{name} {:?} {:?} {:?}",
+            model.config(),
+            self.prepare_options(model),
+            model.device().backend
+        );
+        for candidate in candidates {
+            text += &format!("\n{}", candidate.attention);
+        }
+        for work in work {
+            text += &format!("\n{} {:?}", work.task.name, work.task.rows);
+        }
+        text
+    }
+}
+
+/// Two tasks of one name would be one file in --out.
+fn names_differ(tasks: &mut [Task]) {
+    for at in 1..tasks.len() {
+        let (before, rest) = tasks.split_at_mut(at);
+        let mut name = rest[0].name.clone();
+        let mut number = 2;
+        while before.iter().any(|task| task.name == name) {
+            name = format!("{}-{number}", rest[0].name);
+            number += 1;
+        }
+        rest[0].name = name;
+    }
+}
+
+/// Writes a file that is whole or not there.
+fn write_whole(path: &Path, text: &str) -> Result<(), Error> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let part = path.with_extension("part");
+    fs::write(&part, text).and_then(|()| fs::rename(&part, path)).map_err(io)
+}
