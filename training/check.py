@@ -96,8 +96,7 @@ class Checker:
             right["unanswerable" if row["is_impossible"] else "qa"].append(ok)
         return {kind: found[:count] for kind, found in right.items()}
 
-    def choices(self, length: int, count: int) -> list[bool]:
-        rows = list(world.multiple_choice(4, count, length))
+    def choices(self, rows: list[dict]) -> list[bool]:
         pairs = [
             (self.encode(row["context"]), self.encode(choice, begin=False))
             for row in rows
@@ -156,7 +155,8 @@ def main() -> None:
         value, error, count = checker.perplexity(length, args.n)
         figures.setdefault("perplexity", {})[length] = (value, error, count)
         found = checker.questions(length, args.n)
-        found["coreference"] = checker.choices(length, args.n)
+        found["choice"] = checker.choices(list(world.multiple_choice(7, args.n, length)))
+        found["coreference"] = checker.choices(list(world.coreference(4, args.n, length)))
         found["passkey"] = checker.passkeys(length, args.n)
         found["chat"] = checker.chats(length, args.n)
         for kind, right in found.items():

@@ -47,8 +47,10 @@ def test_evaluation_sets() -> None:
             story = row["context"].split("\n\nQuestion:")[0]
             found = story.index(row["answer"]) / len(story)
             assert abs(found - row["depth"]) < 0.35, (found, row["depth"])
-        for row in world.multiple_choice(0, 20, length):
+        for row in world.coreference(0, 20, length):
             assert len(set(row["choices"])) == 2 and all(c in row["context"] for c in row["choices"])
+        for row in world.multiple_choice(0, 60, length):
+            assert len(set(row["choices"])) == 4 and row["choices"][row["label"]] in row["context"]
 
 
 @torch.no_grad()

@@ -443,8 +443,9 @@ class Story:
             text = rng.choice(ATTRIBUTES[name].ask)[0].format(**fact.slots)
             yield Question(text, UNKNOWN, "unanswerable", "I do not know.", attribute=name)
 
-    def deeds(self, count: int) -> tuple[list[str], list[Question]]:
-        """Sentences where "she", "he" or "the baker" did something, and who it was."""
+    def deeds(self, count: int, hints: float = 0.0) -> tuple[list[str], list[Question]]:
+        """Sentences where "she", "he" or "the baker" did something, and who it was. hints: share of
+        them after which the text itself says so."""
         rng, sentences, questions = self.rng, [], []
         women = [p for p in self.people if p in WOMEN]
         men = [p for p in self.people if p in MEN]
@@ -468,6 +469,8 @@ class Story:
                     ]
                 )
             )
+            if rng.random() < hints:
+                sentences[-1] += rng.choice([" It was {}.", " Nobody but {}.", " So much about {}."]).format(doer)
             choices = sorted(pair)
             kind = "coreference"
             questions.append(Question(f"Who {deed}?", doer, kind, f"{doer} {deed}.", choices))
@@ -631,14 +634,14 @@ def chat(rng: random.Random, tokens: int) -> Document:
 
 def dense(rng: random.Random, tokens: int) -> Document:
     """Nothing but facts, or deeds, and questions about all of them."""
-    deeds = rng.random() < 0.35
+    deeds = rng.random() < 0.5
     jobs = deeds and tokens > 100 and rng.random() < 0.5
     story = Story(rng, (tokens - 12) // 2, jobs=jobs, dense=True)
     if deeds:
         for person, facts in story.facts.items():
             story.facts[person] = [fact for fact in facts if jobs and fact.attribute == "job"]
         units, questions = story.units(), list(story.questions())
-        told, more = story.deeds(min(len(DEEDS), max(2, (tokens - 30 * jobs) // 32)))
+        told, more = story.deeds(min(len(DEEDS), max(2, (tokens - 30 * jobs) // 34)), hints=0.25)
         units, questions = units + told, questions[:1] + more
         rng.shuffle(questions)
     else:
@@ -692,17 +695,42 @@ def single(rng: random.Random, kind: str, tokens: int) -> tuple[str, Question]:
     return story.text(story.units()), question
 
 
-def multiple_choice(seed: int, count: int, tokens: int) -> Iterator[dict]:
-    """Who was meant by "she", "he" or "the baker"?"""
+def choice_row(id_: str, text: str, question: Question, choices: list[str]) -> dict:
+    return {
+        "id": id_,
+        "context": prompt(text, question.text),
+        "choices": [f" {choice}" for choice in choices],
+        "label": choices.index(question.answer),
+    }
+
+
+def coreference(seed: int, count: int, tokens: int) -> Iterator[dict]:
+    """Who was meant by "she", "he" or "the baker"? Two choices."""
     for i in range(count):
         rng = random.Random(HELD_OUT + seed * 1_000_003 + i)
         text, question = single(rng, "coreference", tokens)
-        yield {
-            "id": f"choice-{tokens}-{i}",
-            "context": prompt(text, question.text),
-            "choices": [f" {choice}" for choice in question.choices],
-            "label": question.choices.index(question.answer),
-        }
+        yield choice_row(f"coreference-{tokens}-{i}", text, question, question.choices)
+
+
+def multiple_choice(seed: int, count: int, tokens: int) -> Iterator[dict]:
+    """An answerable question with four choices, of which as many as possible are in the text."""
+    for i in range(count):
+        rng = random.Random(HELD_OUT + seed * 1_000_003 + i)
+        text, question = single(rng, "qa", tokens)
+        kinds = [WOMEN + MEN, PLACES, JOBS, ANIMALS, PET_NAMES, COLOURS, FOODS, THINGS, NUMBERS, CONTAINERS]
+        alike = next((kind for kind in kinds if question.answer in kind), None)
+        if alike is None and question.answer.isdigit():
+            low, high = (18, 89) if len(question.answer) == 2 else (10000, 99999)
+            alike = re.findall(rf"\b\d{{{len(question.answer)}}}\b", text)
+            alike += [str(rng.randint(low, high)) for _ in range(6)]
+        elif alike is None:  # a coloured object
+            alike = [f"{rng.choice(COLOURS)} {object_}" for object_ in OBJECTS]
+            alike += re.findall(rf"\b(?:{'|'.join(COLOURS)}) (?:{'|'.join(OBJECTS)})\b", text)
+        others = sorted({word for word in alike if word != question.answer})
+        rng.shuffle(others)
+        others.sort(key=lambda word: re.search(rf"\b{word}\b", text) is None)
+        choices = sorted([question.answer, *others[:3]])
+        yield choice_row(f"choice-{tokens}-{i}", text, question, choices)
 
 
 def extractive(seed: int, count: int, tokens: int) -> Iterator[dict]:
@@ -745,7 +773,13 @@ def passkeys(seed: int, count: int, tokens: int, depths: int = 5) -> Iterator[di
         }
 
 
-SETS = {"text": texts, "choice": multiple_choice, "qa": extractive, "passkey": passkeys}
+SETS = {
+    "text": texts,
+    "choice": multiple_choice,
+    "coreference": coreference,
+    "qa": extractive,
+    "passkey": passkeys,
+}
 
 
 def write_jsonl(path: Path, rows: Iterator[dict]) -> None:
