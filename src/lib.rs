@@ -33,6 +33,7 @@
 //!   [`backend::Operations`], about a dozen fused operations that a decoder layer is made of.
 //! - [`delta`] is the method: which keys are exact, how the others are compressed, to the bit, and
 //!   what that costs. It knows no device.
+//! - [`eval`] measures what a policy does to a model's accuracy.
 //! - [`gpu`], [`cpu`] and [`mod@reference`] each implement them. [`mod@reference`] is slow and plain: read
 //!   it to know what an operation does. [`conformance`] holds the other two against it.
 //! - [`Session`] is a text in progress: its cache, its sampling, its stream of pieces.
@@ -58,6 +59,7 @@ pub mod conformance;
 pub mod cpu;
 pub mod delta;
 mod error;
+pub mod eval;
 mod formats;
 pub mod gpu;
 pub mod model;

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::{LOGITS_CHUNK, Model, Output, PREFILL_CHUNK, SessionShape};
 
 /// Which part of a text is a prompt, and where logits begin to be of interest.
-#[derive(Clone, Copy, Debug, PartialEq, Default)]
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct LogitsOptions {
     /// How keys and values are kept.
     pub attention: AttentionPolicy,
