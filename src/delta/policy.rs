@@ -184,6 +184,8 @@ pub enum WindowShape {
     Sliding,
 }
 
+/// Thresholds up to here.
+pub(super) const MAX_THETA: f32 = 1e4;
 /// Sinks up to here.
 const MAX_SINK: usize = 1024;
 /// Windows of decoding.
@@ -255,8 +257,7 @@ impl AttentionPolicy {
             Err(Error::Parameter { name, value, allowed })
         };
         if let KeyFormat::Delta(DeltaKeys { threshold, .. }) = self.keys {
-            let (Threshold::Absolute(theta) | Threshold::Relative(theta)) = threshold;
-            if !(0.0..=1e4).contains(&theta) {
+            if !(0.0..=MAX_THETA).contains(&threshold.number()) {
                 return refuse("theta", threshold.to_string(), "must be from 0 to 10000".into());
             }
         }

@@ -3,6 +3,7 @@
 mod args;
 mod attention_args;
 mod cache_report;
+mod calibrate;
 mod devices;
 mod generate;
 mod heat_map;
@@ -34,6 +35,9 @@ enum Command {
     Inspect(inspect::Args),
     /// Write the f32 logits of every position, to compare with other engines
     Logits(logits::Args),
+    /// Find thresholds for each layer and KV head that keep a budget on a text, and write them to a
+    /// file that every command takes as --policy-file
+    Calibrate(calibrate::Args),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +49,7 @@ fn main() -> ExitCode {
         Command::Devices(args) => devices::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Logits(args) => logits::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
     };
     output::exit(result)
 }
