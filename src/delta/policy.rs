@@ -256,10 +256,10 @@ impl AttentionPolicy {
         let refuse = |name, value: String, allowed: String| -> Result<()> {
             Err(Error::Parameter { name, value, allowed })
         };
-        if let KeyFormat::Delta(DeltaKeys { threshold, .. }) = self.keys {
-            if !(0.0..=MAX_THETA).contains(&threshold.number()) {
-                return refuse("theta", threshold.to_string(), "must be from 0 to 10000".into());
-            }
+        if let KeyFormat::Delta(DeltaKeys { threshold, .. }) = self.keys
+            && !(0.0..=MAX_THETA).contains(&threshold.number())
+        {
+            return refuse("theta", threshold.to_string(), "must be from 0 to 10000".into());
         }
         if self.sink > MAX_SINK {
             let allowed = format!("must be from 0 to {MAX_SINK} tokens");

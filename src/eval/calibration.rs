@@ -17,6 +17,8 @@ const GRID: [f32; 33] = [
     0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8,
     0.85, 0.9, 0.95, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 4.0, 6.0,
 ];
+/// Where in the grid lies the threshold that tells what a layer's error costs the model.
+const PROBED: usize = 20;
 /// Queries of a segment at which attention is compared, at most.
 const QUERIES: usize = 48;
 /// Runs of the model that look for a budget of KL or perplexity.
@@ -56,7 +58,12 @@ impl Budget {
     }
 
     fn refuse(self, allowed: String) -> Error {
-        Error::Parameter { name: self.name(), value: self.to_string(), allowed }
+        let value = match self {
+            Self::Sparsity(share) => share.to_string(),
+            Self::Kl(nats) => nats.to_string(),
+            Self::Perplexity(share) => format!("{}%", 100.0 * share),
+        };
+        Error::Parameter { name: self.name(), value, allowed }
     }
 
     fn check(self) -> Result<()> {
@@ -172,9 +179,10 @@ pub struct Calibrated {
 ///
 /// A dense run gives what the attention of each layer sees; on it the zeros and the error of each
 /// head's output are measured for a grid of thresholds ([`LayerTrace::curve`]), and [`allocate`]
-/// makes of these a family of choices, from few zeros to many. A head's error counts relative to the
-/// output of its layer. In that family the model itself is run, until the budget is kept in real
-/// runs: its divergence is taken to grow with the sparsity.
+/// makes of these a family of choices, from few zeros to many. What an error of a layer costs the
+/// model is measured: by how much the divergence from dense attention grows when this layer alone
+/// has larger thresholds. In that family the model is run, until the budget is kept in real runs:
+/// its divergence is taken to grow with the sparsity.
 ///
 /// # Errors
 /// A policy without delta keys or out of range; a budget that cannot be kept, which says what can; a
@@ -228,7 +236,8 @@ pub fn calibrate(
             progress(CalibrationProgress { things: "layers", done, total });
         }
     }
-    let search = Search { model, text, policy, cancel, curves, heads };
+    let mut search = Search { model, text, policy, cancel, curves, heads, weights: Vec::new() };
+    search.weights = search.sensitivities(&mut progress)?;
     let chosen = search.run(budget, &mut progress)?;
     search.compare(chosen, &mut progress)
 }
@@ -268,6 +277,8 @@ struct Search<'a> {
     curves: Vec<Curve>,
     /// KV heads, `G`.
     heads: usize,
+    /// What a unit of each head's error costs, `[layers * G]`.
+    weights: Vec<f64>,
 }
 
 impl Search<'_> {
@@ -317,7 +328,7 @@ impl Search<'_> {
         if !budget.keeps(&first.fitting) {
             return Err(budget.refuse(format!(
                 "cannot be kept on this text: the smallest thresholds already take {}, at a \
-                 sparsity of {:.4}; finer --deltas or plain values take less",
+                 sparsity of {:.4}",
                 budget.spelt(&first.fitting),
                 sparsity(&first.fitting)
             )));
@@ -341,7 +352,7 @@ impl Search<'_> {
 
     /// The choice with that many zeros, run over the fitting segments.
     fn choice(&self, zeros: u64, mut step: impl FnMut()) -> Result<Choice> {
-        let chosen = allocate(&self.curves, &self.weights(), zeros).unwrap_or_default();
+        let chosen = allocate(&self.curves, &self.weights, zeros).unwrap_or_default();
         let points = || self.curves.iter().zip(&chosen).map(|(curve, &i)| curve.points[i]);
         let thetas: Vec<f32> = points().map(|point| point.theta).collect();
         let thresholds = Thresholds::new(thetas.chunks(self.heads).map(<[f32]>::to_vec).collect())?;
@@ -356,14 +367,43 @@ impl Search<'_> {
         Ok(Choice { thresholds, zeros, fitting: sum.ok_or(Error::EmptyPrompt)? })
     }
 
-    /// An error counts relative to the output of all heads of its layer, which are added up there.
-    fn weights(&self) -> Vec<f64> {
-        let layers = self.curves.chunks(self.heads);
-        let weight = |layer: &[Curve]| {
-            let squares: f64 = layer.iter().map(|curve| curve.squares).sum();
-            vec![if squares > 0.0 { 1.0 / squares } else { 0.0 }; layer.len()]
+    /// Nats that a unit of each head's error costs: the divergence of runs in which the thresholds of
+    /// one layer are larger than in the others, over the error that they make there. Heads of a
+    /// layer count alike: their outputs are added up.
+    ///
+    /// One segment tells it roughly. Where noise hides it, a layer counts like the least of those
+    /// that show, so that none is taken to cost nothing.
+    fn sensitivities(&self, progress: &mut impl FnMut(CalibrationProgress)) -> Result<Vec<f64>> {
+        let layers = self.curves.len() / self.heads;
+        let ids = self.text.fitting.first().ok_or(Error::EmptyPrompt)?;
+        let theta = |at: usize, layer: usize| {
+            let point = if at / self.heads == layer { PROBED } else { 0 };
+            self.curves[at].points[point].theta
         };
-        layers.flat_map(weight).collect()
+        let run = |layer: usize| {
+            let thetas: Vec<f32> = (0..self.curves.len()).map(|at| theta(at, layer)).collect();
+            let rows = thetas.chunks(self.heads).map(<[f32]>::to_vec).collect();
+            let other = self.options(*self.policy, Some(Thresholds::new(rows)?));
+            let found = divergence(self.model, ids, &self.dense(), &other, self.cancel)?;
+            Ok(found.kl)
+        };
+        // Beyond the last layer: none of them.
+        let least: f64 = run(layers)?;
+        let mut costs = Vec::with_capacity(layers);
+        for layer in 0..layers {
+            let of_layer = &self.curves[layer * self.heads..][..self.heads];
+            let error: f64 =
+                of_layer.iter().map(|c| c.points[PROBED].error - c.points[0].error).sum();
+            let cost = (run(layer)? - least) / error;
+            costs.push(if error > 0.0 && cost.is_finite() { cost } else { 0.0 });
+            let (done, total) = (2 * (layer + 2), 2 * (layers + 1));
+            progress(CalibrationProgress { things: "runs", done, total });
+        }
+        let shown = costs.iter().copied().filter(|cost| *cost > 0.0);
+        let least = shown.fold(f64::INFINITY, f64::min);
+        let floor = if least.is_finite() { least } else { 1.0 };
+        let weights = costs.iter().map(|cost| cost.max(floor));
+        Ok(weights.flat_map(|cost| vec![cost; self.heads]).collect())
     }
 
     /// Runs the choice beside one threshold for all.
