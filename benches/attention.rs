@@ -260,7 +260,7 @@ impl<B: Backend> Run<B> {
         let (tokens, rows) = (image.length, 256);
         let shape = StreamShape { rows, context: tokens, attention: at, vocabulary: 32 };
         let mut stream = backend.stream(&shape).expect("a stream");
-        let shape = CacheShape { attention: at, context: tokens, rows, policy };
+        let shape = CacheShape { attention: at, context: tokens, rows, policy, thresholds: None };
         let caches = (0..layers)
             .map(|_| {
                 let mut cache = backend.cache(&shape).expect("a cache");

@@ -14,8 +14,7 @@ struct Params {
     deltas: u32,     // word at which the deltas of the segment begin
     sink: u32,       // slots of the sink's keys
     recent: u32,     // slots of recent keys
-    theta: f32,      // absolute, or in standard deviations
-    relative: u32,   // 1 for standard deviations
+    relative: u32,   // 1 for thresholds in standard deviations
 }
 
 // What REFERENCE can be.
@@ -27,6 +26,8 @@ const MEAN = 2u;
 @group(0) @binding(3) var<storage, read_write> pages: array<atomic<u32>>;
 // [KV head][channel]: the last reconstructed key, for a continuous chain.
 @group(0) @binding(4) var<storage, read_write> carry: array<f32>;
+// [KV head]: absolute, or in standard deviations.
+@group(0) @binding(5) var<storage, read> thresholds: array<f32>;
 
 // [channel]; the first two serve the deviation before.
 var<workgroup> reference: array<f32, HEAD_DIM>;
@@ -61,7 +62,7 @@ fn round_delta(delta: f32, channel: u32) -> Rounded {
 fn find_theta(kv_head: u32, first: u32, lane: u32) {
     if (params.relative == 0u) {
         if (lane == 0u) {
-            theta = params.theta;
+            theta = thresholds[kv_head];
         }
         return;
     }
@@ -92,7 +93,7 @@ fn find_theta(kv_head: u32, first: u32, lane: u32) {
         let rest = divide(squares, count) - high * high - 2.0 * high * low - low * low;
         let variance = max(rest, 0.0);
         if (variance > 0.0) {
-            theta = nearest_f16(params.theta * square_root(variance));
+            theta = nearest_f16(thresholds[kv_head] * square_root(variance));
         } else {
             theta = 0.0;
         }

@@ -10,6 +10,7 @@
 //! On a GPU they are only recorded until [`Operations::submit`]; the results are read after it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::checkpoint::MatrixSource;
 use crate::delta::{AttentionPolicy, CacheImage, Page, Phase};
@@ -44,7 +45,7 @@ pub struct StreamShape {
 }
 
 /// What a cache is made for.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CacheShape {
     /// The attention's shape.
     pub attention: AttentionShape,
@@ -54,6 +55,9 @@ pub struct CacheShape {
     pub rows: usize,
     /// How keys and values are kept.
     pub policy: AttentionPolicy,
+    /// The layer's row of [`Thresholds`](crate::delta::Thresholds), `[G]`, in place of the policy's
+    /// one.
+    pub thresholds: Option<Arc<[f32]>>,
 }
 
 /// What the operations of a step are about.

@@ -33,6 +33,7 @@
 //!   [`backend::Operations`], about a dozen fused operations that a decoder layer is made of.
 //! - [`delta`] is the method: which keys are exact, how the others are compressed, to the bit, and
 //!   what that costs. It knows no device.
+//! - [`eval`] measures what a policy does to a model's accuracy.
 //! - [`gpu`], [`cpu`] and [`mod@reference`] each implement them. [`mod@reference`] is slow and plain: read
 //!   it to know what an operation does. [`conformance`] holds the other two against it.
 //! - [`eval`] asks what a policy costs: tasks, their metrics with standard errors, and the divergence

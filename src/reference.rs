@@ -295,12 +295,13 @@ impl Backend for Reference {
     }
 
     fn cache(&self, shape: &CacheShape) -> Result<Cache> {
-        let CacheShape { attention: shape, context, policy, .. } = *shape;
+        let CacheShape { attention: shape, context, policy, ref thresholds, .. } = *shape;
         let rows = context * shape.kv_heads;
         Ok(Cache {
             shape,
             policy,
             layout: PageLayout::new(&policy, shape.head_dim)?,
+            thresholds: thresholds.clone(),
             length: 0,
             keys: vec![0.0; rows * shape.head_dim],
             pages: vec![Vec::new(); shape.kv_heads],
@@ -419,6 +420,8 @@ impl Operations<Reference> for Stream {
         let Some(layout) = cache.layout else { return Ok(()) };
         let PageLayout { tokens, head_dim, .. } = layout;
         for kv_head in 0..cache.shape.kv_heads {
+            let theta = cache.thresholds.as_ref().map(|thetas| thetas[kv_head]);
+            let layout = layout.with_theta(theta);
             for page in cache.pages[kv_head].len()..cache.length / tokens {
                 let keys = cache.originals(page * tokens..(page + 1) * tokens, kv_head);
                 let before = &cache.reconstruction[kv_head];

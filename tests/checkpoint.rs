@@ -448,7 +448,8 @@ fn the_planned_memory_is_what_a_session_holds() {
             let model = Model::open(dir.path(), &ModelOptions { weights, ..options.clone() });
             let model = model.expect("opened");
             let attention = AttentionPolicy::plain(cache);
-            let session_options = SessionOptions { context: Some(1024), attention };
+            let session_options =
+                SessionOptions { context: Some(1024), attention, thresholds: None };
             // Memory grows with the text, up to what is planned for the context.
             let mut session = Session::new(&model, &session_options).expect("session");
             let text: Vec<u32> = (0..1024).map(|i| 3 + i % 50).collect();

@@ -43,7 +43,7 @@ fn candidates(policies: &[&str]) -> Vec<Candidate> {
     [("dense", dense)]
         .into_iter()
         .chain(others)
-        .map(|(name, attention)| Candidate { name: name.to_owned(), attention })
+        .map(|(name, attention)| Candidate { name: name.to_owned(), attention, thresholds: None })
         .collect()
 }
 

@@ -77,7 +77,8 @@ fn greedy_text_equals_transformers() {
         for name in LLAMAS.into_iter().chain(BITNETS) {
             let (model, golden) = (open(name, &options), Golden::read(name));
             let attention = AttentionPolicy::plain(CacheFormat::F32);
-            let session_options = SessionOptions { context: Some(512), attention };
+            let session_options =
+                SessionOptions { context: Some(512), attention, thresholds: None };
             let mut session = Session::new(&model, &session_options).expect("session");
             let options =
                 GenerateOptions { max_tokens: 32, ignore_eos: true, ..GenerateOptions::default() };

@@ -48,7 +48,13 @@ fn assert_near(got: &[f32], want: &[f32], tolerance: f32) {
 }
 
 fn cache_shape(attention: AttentionShape, context: usize) -> CacheShape {
-    CacheShape { attention, context, rows: 4096.min(context), policy: AttentionPolicy::dense() }
+    CacheShape {
+        attention,
+        context,
+        rows: 4096.min(context),
+        policy: AttentionPolicy::dense(),
+        thresholds: None,
+    }
 }
 
 /// Decoding `tokens` from `position` on.

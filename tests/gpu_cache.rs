@@ -33,7 +33,13 @@ impl<B: Backend> Text<B> {
         let shape =
             StreamShape { rows: ROWS, context: CONTEXT, attention: ATTENTION, vocabulary: 32 };
         let stream = backend.stream(&shape).unwrap();
-        let shape = CacheShape { attention: ATTENTION, context: CONTEXT, rows: ROWS, policy };
+        let shape = CacheShape {
+            attention: ATTENTION,
+            context: CONTEXT,
+            rows: ROWS,
+            policy,
+            thresholds: None,
+        };
         let still = vec![[1.0, 0.0]; CONTEXT * ATTENTION.head_dim / 2];
         Self {
             stream,

@@ -12,8 +12,11 @@ use deltallm::{
 };
 use serde_json::Value;
 
-const F32: SessionOptions =
-    SessionOptions { context: Some(512), attention: AttentionPolicy::plain(CacheFormat::F32) };
+const F32: SessionOptions = SessionOptions {
+    context: Some(512),
+    attention: AttentionPolicy::plain(CacheFormat::F32),
+    thresholds: None,
+};
 
 fn session(model: &Model) -> Session {
     Session::new(model, &F32).expect("session")
@@ -216,6 +219,7 @@ fn a_generation_stops_where_it_is_told() {
         let small = SessionOptions {
             context: Some(context),
             attention: AttentionPolicy::plain(CacheFormat::F32),
+            thresholds: None,
         };
         let mut small = Session::new(&model, &small).expect("session");
         let (_, finish) = run(&mut small, &greedy(32));
@@ -302,6 +306,7 @@ fn a_context_beyond_all_memory_is_an_error() {
         let all = SessionOptions {
             context: Some(1 << 31),
             attention: AttentionPolicy::plain(CacheFormat::F32),
+            thresholds: None,
         };
         let error = Session::new(&model, &all).expect_err("too long");
         let expected = matches!(error, Error::DeviceMemory { .. } | Error::DeviceLimit { .. });
@@ -319,12 +324,14 @@ fn what_cannot_be_run_is_refused_and_changes_nothing() {
             let options = SessionOptions {
                 context: Some(context),
                 attention: AttentionPolicy::plain(CacheFormat::F16),
+                thresholds: None,
             };
             assert!(matches!(Session::new(&model, &options), Err(Error::Parameter { .. })));
         }
         let small = SessionOptions {
             context: Some(8),
             attention: AttentionPolicy::plain(CacheFormat::F16),
+            thresholds: None,
         };
         let mut session = Session::new(&model, &small).expect("session");
         session.evaluate(&[1, 2, 3]).expect("prompt");
@@ -352,7 +359,7 @@ const POLICIES: [&str; 6] = [
 
 fn compressed(model: &Model, policy: &str) -> Session {
     let attention = policy.parse().expect(policy);
-    let options = SessionOptions { context: Some(400), attention };
+    let options = SessionOptions { context: Some(400), attention, thresholds: None };
     Session::new(model, &options).expect(policy)
 }
 

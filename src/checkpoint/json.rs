@@ -103,6 +103,11 @@ impl Object {
         })
     }
 
+    /// A finite number.
+    pub fn number(&self, field: &str) -> Result<Option<f64>> {
+        self.typed(field, "a number", |value| value.as_f64().filter(|x| x.is_finite()))
+    }
+
     /// A truth value.
     pub fn flag(&self, field: &str) -> Result<Option<bool>> {
         self.typed(field, "true or false", Value::as_bool)
@@ -131,6 +136,19 @@ impl Object {
             prefix: format!("{}{field}.", self.prefix),
             fields: fields.clone(),
         }))
+    }
+
+    /// A list of objects.
+    pub fn objects(&self, field: &str) -> Result<Option<Vec<Object>>> {
+        let read = |value: &Value| {
+            let object = |(i, value): (usize, &Value)| {
+                let fields = value.as_object()?.clone();
+                let prefix = format!("{}{field}[{i}].", self.prefix);
+                Some(Object { path: self.path.clone(), prefix, fields })
+            };
+            value.as_array()?.iter().enumerate().map(object).collect()
+        };
+        self.typed(field, "a list of objects", read)
     }
 
     /// The entries of this object.

@@ -34,6 +34,7 @@ pub(super) fn rope_append<B: Backend>(backend: &B) -> Result<Vec<Check>> {
                 name: format!("{shape:?}, {tokens} tokens, {format:?}"),
                 shape,
                 policy: AttentionPolicy::plain(format),
+                thresholds: None,
                 table: angles(tokens + 1, shape.head_dim),
                 qkv: inputs.floats(tokens * shape.qkv_width(), 2.0),
                 steps: decoding(&steps),
@@ -95,6 +96,7 @@ pub(super) fn attention<B: Backend>(backend: &B) -> Result<Vec<Check>> {
                     name: format!("{shape:?}, {tokens} tokens, {format:?}, {kind}"),
                     shape,
                     policy: AttentionPolicy::plain(format),
+                    thresholds: None,
                     table: quarter_turns(tokens + 1, shape.head_dim),
                     qkv,
                     steps: decoding(&steps),
@@ -126,7 +128,8 @@ fn weights_sum_to_one<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let table = angles(tokens + 1, shape.head_dim);
     let (name, policy) = (String::new(), AttentionPolicy::dense());
     let steps = decoding(&steps);
-    let got = Case { name, shape, policy, table, qkv, steps }.run(backend)?.attention;
+    let got =
+        Case { name, shape, policy, thresholds: None, table, qkv, steps }.run(backend)?.attention;
     let want = vec![1.0; 6 * shape.width()];
     let tolerance = |_| 4.0 * tokens as f64 * U;
     Ok(vec![compare("attention", "weights sum to one".into(), &got, &want, tolerance)])
@@ -140,7 +143,7 @@ fn chunks_do_not_matter<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let case = |steps: Vec<(usize, bool)>| {
         let (name, policy, qkv) = (String::new(), AttentionPolicy::dense(), qkv.clone());
         let (table, steps) = (quarter_turns(tokens + 1, shape.head_dim), decoding(&steps));
-        Case { name, shape, policy, table, qkv, steps }
+        Case { name, shape, policy, thresholds: None, table, qkv, steps }
     };
     let whole = case(vec![(tokens, true)]);
     let want = whole.run(backend)?.attention;

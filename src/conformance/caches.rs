@@ -1,6 +1,8 @@
 //! What the cases of `rope_append`, `encode_keys` and `attention` share: steps over a cache, and
 //! how far attention may be from exact.
 
+use std::sync::Arc;
+
 use super::{FLUSHED, Inputs, U};
 use crate::backend::{
     AttentionShape, Backend, CacheShape, Operations, Step, StreamShape, TensorFormat,
@@ -18,6 +20,8 @@ pub(super) struct Case {
     pub name: String,
     pub shape: AttentionShape,
     pub policy: AttentionPolicy,
+    /// `[G]`, in place of the policy's.
+    pub thresholds: Option<Arc<[f32]>>,
     /// `[positions, D / 2]`.
     pub table: Vec<[f32; 2]>,
     /// `[tokens, (H + 2 G) D]`.
@@ -78,7 +82,8 @@ impl<'a, B: Backend> Player<'a, B> {
     /// An empty cache for `case`, with room for `context` tokens in steps of up to `rows`.
     pub fn new(backend: &'a B, case: &Case, context: usize, rows: usize) -> Result<Self> {
         let attention = case.shape;
-        let shape = CacheShape { attention, context, rows, policy: case.policy };
+        let (policy, thresholds) = (case.policy, case.thresholds.clone());
+        let shape = CacheShape { attention, context, rows, policy, thresholds };
         Ok(Self {
             backend,
             stream: backend.stream(&StreamShape { rows, context, attention, vocabulary: 32 })?,

@@ -11,7 +11,7 @@ use super::caches::{
 };
 use super::{Check, Inputs, U, compare, measure};
 use crate::backend::{AttentionShape, Backend, CacheFormat};
-use crate::delta::{Page, Phase, encode_page};
+use crate::delta::{KeyFormat, Page, Phase, encode_page};
 use crate::error::Result;
 use crate::reference::Reference;
 
@@ -47,11 +47,27 @@ fn case(inputs: &mut Inputs, shape: AttentionShape, policy: &str, steps: Vec<Ste
         name: format!("{shape:?}, {tokens} tokens, {policy}"),
         shape,
         policy: policy.parse().expect("a policy of the table"),
+        thresholds: None,
         table: no_turns(CONTEXT.max(tokens + 1), shape.head_dim),
         qkv: drifting(inputs, shape, tokens),
         steps,
     };
     avoid_ties(&mut case);
+    case
+}
+
+/// The case with a threshold of its own for each KV head, where keys are deltas; that of the second
+/// is 0.
+fn thresholds_differ(mut case: Case) -> Case {
+    if let KeyFormat::Delta(delta) = case.policy.keys {
+        let of_head = |head: usize| match head {
+            1 => 0.0,
+            head => delta.threshold.number() * (0.6 + 0.7 * head as f32),
+        };
+        let thresholds: Vec<f32> = (0..case.shape.kv_heads).map(of_head).collect();
+        case.name = format!("{}, thresholds {thresholds:?}", case.name);
+        case.thresholds = Some(thresholds.into());
+    }
     case
 }
 
@@ -100,7 +116,8 @@ fn same_pages(case: &str, got: &[Vec<Page>], want: &[Vec<Page>]) -> Check {
 /// The pages of a case's keys, by the arithmetic that every device repeats.
 fn encoded(case: &Case) -> Vec<Vec<Page>> {
     let layout = case.layout().expect("compressed keys");
-    let head = |kv_head| {
+    let head = |kv_head: usize| {
+        let layout = layout.with_theta(case.thresholds.as_ref().map(|thetas| thetas[kv_head]));
         let keys = case.keys(kv_head);
         let mut previous: Option<Vec<f32>> = None;
         let page = |keys: &[f32]| {
@@ -130,6 +147,25 @@ pub(super) fn encode_keys<B: Backend>(backend: &B) -> Result<Vec<Check>> {
             let case = case(&mut inputs, shape, &policy, decoding(&steps));
             checks.push(same_pages(&case.name, &case.run(backend)?.pages, &encoded(&case)));
         }
+    }
+    // Each KV head with its own threshold, in both units.
+    for (i, (shape, keys)) in [
+        (shape(4, 2, 80), "theta=0.4 reference=continuous deltas=int4"),
+        (shape(3, 3, 2), "theta=0.5sigma reference=continuous deltas=f16"),
+        (shape(10, 5, 64), "theta=0.25 reference=anchored deltas=f16"),
+        (shape(7, 7, 34), "theta=0.7sigma reference=anchored deltas=int8"),
+        (shape(3, 3, 128), "theta=0.3 reference=mean deltas=int8"),
+        (shape(6, 3, 96), "theta=0.8sigma reference=mean deltas=int4"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let page = [16, 32, 64][i % 3];
+        let policy = format!("keys=delta {keys} page={page} sink={i} window=1");
+        let steps = odd_steps(&[1, 17, 5, 130, 4, 2, 64], 3 * page + 5);
+        let steps: Vec<_> = steps.into_iter().map(|rows| (rows, false)).collect();
+        let case = thresholds_differ(case(&mut inputs, shape, &policy, decoding(&steps)));
+        checks.push(same_pages(&case.name, &case.run(backend)?.pages, &encoded(&case)));
     }
     Ok(checks)
 }
@@ -302,6 +338,7 @@ fn chunks_do_not_matter<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     for (head_dim, policy) in CONTINUED {
         let steps = prompt_then_decode(&[tokens], &[]);
         let whole = case(&mut inputs, shape(4, 2, head_dim), policy, steps);
+        let whole = thresholds_differ(whole);
         let want = whole.run(backend)?;
         let bound = whole.bound(0.0, &want.pages)?;
         for (name, chunks) in
@@ -328,6 +365,7 @@ fn truncated<B: Backend>(backend: &B) -> Result<Vec<Check>> {
             let before = odd_steps(&[17, 16, 5], length);
             let steps = prompt_then_decode(&before, &[4, 17, 1, 1]);
             let straight = case(&mut inputs, shape(4, 2, head_dim), policy, steps);
+            let straight = thresholds_differ(straight);
             // The same text up to `length`, and then another.
             let width = straight.shape.qkv_width();
             let mut detour = straight.clone();
@@ -367,6 +405,7 @@ fn restored<B: Backend>(backend: &B) -> Result<Vec<Check>> {
             let before = odd_steps(&[17, 16, 5, 1], length);
             let steps = prompt_then_decode(&before, &[1, 17, 2, 1]);
             let case = case(&mut inputs, shape(4, 2, head_dim), policy, steps);
+            let case = thresholds_differ(case);
             let want = case.run(&reference)?;
             let bound = case.bound(0.0, &want.pages)?;
             let (first, second) = case.steps.split_at(before.len());

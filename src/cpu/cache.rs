@@ -4,6 +4,8 @@
 //! first touched: it costs what has been written to it, and never more than what is reserved.
 //! What has no useful bound, pages and quantised values, grows in pieces that never move.
 
+use std::sync::Arc;
+
 use half::f16;
 
 use super::values::Quantised;
@@ -31,6 +33,8 @@ pub(super) enum Keys {
 /// Pages, and the original keys that are still needed.
 pub(super) struct Compressed {
     pub(super) layout: PageLayout,
+    /// Of each KV head, in place of the layout's.
+    pub(super) thresholds: Option<Arc<[f32]>>,
     /// The first keys of the text, `[G, sinks, D]`.
     sink: Store,
     sinks: usize,
@@ -126,7 +130,7 @@ impl Store {
 impl Compressed {
     fn new(shape: &CacheShape, layout: PageLayout) -> Self {
         let AttentionShape { kv_heads, head_dim, .. } = shape.attention;
-        let CacheShape { context, rows, policy, .. } = shape;
+        let CacheShape { context, rows, policy, thresholds, .. } = shape;
         let (sinks, slots) = (policy.sink.min(*context), policy.recent_slots(*context, *rows));
         let store = |rows| Store::new(kv_heads * rows * head_dim, policy.exact);
         let (sink, recent) = (store(sinks), store(slots));
@@ -135,7 +139,8 @@ impl Compressed {
             Some(Reference::Continuous) => vec![vec![0.0; head_dim]; kv_heads],
             _ => vec![Vec::new(); kv_heads],
         };
-        Self { layout, sink, sinks, recent, slots, pages, ends }
+        let thresholds = thresholds.clone();
+        Self { layout, thresholds, sink, sinks, recent, slots, pages, ends }
     }
 
     /// Where original key `n` lies, which must be one of the sink or not yet overwritten: a store
@@ -403,11 +408,12 @@ mod tests {
                 now.iter_mut().for_each(|x| *x += 0.6 * (draws.draw() - 0.5));
                 text.extend(now.iter().map(|&x| f16::from_f32(x).to_f32()));
             }
+            let cache = cpu.cache(&shape).expect("a cache");
             Self {
                 shape,
                 stream: cpu.stream(&stream).expect("a stream"),
                 rope: cpu.rope(&table, head_dim).expect("a table"),
-                cache: cpu.cache(&shape).expect("a cache"),
+                cache,
                 qkv: cpu.tensor(rows, width, TensorFormat::F32).expect("a tensor"),
                 out: cpu.tensor(rows, attention.width(), TensorFormat::F32).expect("a tensor"),
                 length: 0,
@@ -459,7 +465,7 @@ mod tests {
 
         /// Attention of the last `rows` tokens in f64, `[rows, H D]`.
         fn naive(&self, rows: usize, phase: Phase) -> Vec<f64> {
-            let CacheShape { attention, policy, .. } = self.shape;
+            let CacheShape { attention, policy, .. } = self.shape.clone();
             let AttentionShape { heads, kv_heads, head_dim } = attention;
             let rule = policy.rule(phase);
             let layout = PageLayout::new(&policy, head_dim).expect("a layout");
@@ -548,7 +554,13 @@ mod tests {
                             false => format!("{policy} page={page} window=20"),
                         };
                         let policy: AttentionPolicy = text.parse().expect(&text);
-                        let shape = CacheShape { attention, context: 601, rows: 64, policy };
+                        let shape = CacheShape {
+                            attention,
+                            context: 601,
+                            rows: 64,
+                            policy,
+                            thresholds: None,
+                        };
                         let mut layer = Layer::new(&cpu, shape, index as u64);
                         let case = format!("{text} {attention:?}");
                         let prompt = Phase::Prefill { length: 500 };
@@ -578,7 +590,8 @@ mod tests {
         for attention in shapes() {
             let run = |text: &str| {
                 let policy: AttentionPolicy = text.parse().expect(text);
-                let shape = CacheShape { attention, context: 300, rows: 100, policy };
+                let shape =
+                    CacheShape { attention, context: 300, rows: 100, policy, thresholds: None };
                 let mut layer = Layer::new(&cpu, shape, 9);
                 let mut out = layer.step(&cpu, 100, Phase::Prefill { length: 190 });
                 out.extend(layer.step(&cpu, 90, Phase::Prefill { length: 190 }));
@@ -603,8 +616,8 @@ mod tests {
         for (attention, text) in shapes().flat_map(|shape| POLICIES.map(|text| (shape, text))) {
             let policy: AttentionPolicy = text.parse().expect(text);
             let policy = AttentionPolicy { page: 32, window: 40, ..policy };
-            let shape = CacheShape { attention, context: 500, rows: 60, policy };
-            let mut layer = Layer::new(&cpu, shape, 3);
+            let shape = CacheShape { attention, context: 500, rows: 60, policy, thresholds: None };
+            let mut layer = Layer::new(&cpu, shape.clone(), 3);
             let prompt = Phase::Prefill { length: 300 };
             (0..5).for_each(|_| drop(layer.step(&cpu, 60, prompt)));
             let slots = policy.recent_slots(500, 60);
@@ -637,8 +650,8 @@ mod tests {
         let attention = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64 };
         let policy: AttentionPolicy = "delta values=int4".parse().expect("a policy");
         let (context, rows) = (100_000, 64);
-        let shape = CacheShape { attention, context, rows, policy };
-        let mut layer = Layer::new(&cpu, CacheShape { context: 2000, ..shape }, 1);
+        let shape = CacheShape { attention, context, rows, policy, thresholds: None };
+        let mut layer = Layer::new(&cpu, CacheShape { context: 2000, ..shape.clone() }, 1);
         layer.cache = cpu.cache(&shape).expect("a cache");
         let empty = layer.cache.held();
         assert_eq!(empty.values, 0);

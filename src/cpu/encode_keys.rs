@@ -37,8 +37,9 @@ pub(super) fn encode_keys(machine: &Machine, cache: &mut Cache) {
             end: end.clone(),
         }));
     }
-    let layout = &keys.layout;
+    let (layout, thresholds) = (&keys.layout, &keys.thresholds);
     machine.each_of(false, runs.iter_mut().collect(), |_worker, run: &mut Run| {
+        let layout = &layout.with_theta(thresholds.as_ref().map(|thetas| thetas[run.head]));
         for page in run.range.clone() {
             let original = keys.page_keys(run.head, page);
             let previous = (page > 0 && !run.end.is_empty()).then_some(&run.end[..]);

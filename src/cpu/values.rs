@@ -215,7 +215,7 @@ mod tests {
         {
             let policy = AttentionPolicy { values: format, ..AttentionPolicy::dense() };
             let attention = AttentionShape { heads: 2, kv_heads: 2, head_dim };
-            let shape = CacheShape { attention, context: 700, rows: 600, policy };
+            let shape = CacheShape { attention, context: 700, rows: 600, policy, thresholds: None };
             for kernels in Kernels::available() {
                 let level = Level::new(kernels).expect("available");
                 let mut cache = Quantised::new(&shape);

@@ -104,13 +104,25 @@ impl LayerTrace {
     /// # Errors
     /// As [`PageLayout::new`].
     pub fn analyse(&self, policy: &AttentionPolicy) -> Result<Vec<HeadAnalysis>> {
+        self.analyse_heads(|_| *policy)
+    }
+
+    /// The same where each KV head has a policy of its own: its threshold, see
+    /// [`AttentionPolicy::with_theta`].
+    ///
+    /// # Errors
+    /// As [`PageLayout::new`].
+    pub fn analyse_heads(
+        &self,
+        policy: impl Fn(usize) -> AttentionPolicy + Sync,
+    ) -> Result<Vec<HeadAnalysis>> {
         let AttentionShape { heads, kv_heads, head_dim } = self.shape;
         let group = heads / kv_heads;
         // Dense attention of the same keys and values, unrounded.
         let dense = AttentionPolicy::plain(CacheFormat::F32);
         let head = |kv_head: usize| {
             let (found, expected) =
-                (self.compress(policy, kv_head)?, self.compress(&dense, kv_head)?);
+                (self.compress(&policy(kv_head), kv_head)?, self.compress(&dense, kv_head)?);
             let errors = (0..group).into_par_iter().map(|head| {
                 let head = kv_head * group + head;
                 let apart = |(query, row): (usize, &[f32])| {
@@ -206,8 +218,8 @@ impl CompressedHead {
         weights
     }
 
-    /// The attention output `out` `[D]` of a query.
-    fn attend(&self, query: usize, row: &[f32], out: &mut [f32]) {
+    /// The attention output `out` `[D]`, zeros before, of a query.
+    pub(super) fn attend(&self, query: usize, row: &[f32], out: &mut [f32]) {
         let weights = self.weights(query, row);
         for (weight, value) in weights.iter().zip(self.values.chunks_exact(self.shape.head_dim)) {
             for (out, v) in out.iter_mut().zip(value) {

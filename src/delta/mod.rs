@@ -12,6 +12,8 @@
 //! |---|---|
 //! | `policy` | [`AttentionPolicy`]: every choice in one value |
 //! | `policy_text` | the same printed whole, and read |
+//! | `thresholds` | [`Thresholds`]: one for each layer and KV head in place of a policy's |
+//! | `policy_file` | [`PolicyFile`]: both as a file |
 //! | `window` | [`ExactRule`]: which keys a query sees exactly |
 //! | `page` | [`PageLayout`], [`Page`]: the bits of a compressed page, the same on every device |
 //! | `encode` | [`encode_page`]: keys to a page, the exact arithmetic that devices repeat |
@@ -20,6 +22,7 @@
 //! | `image` | [`CacheImage`]: a layer's cache as bytes, to be saved and restored |
 //! | `statistics` | [`CacheStatistics`]: zeros, bits and bytes, counted from the pages |
 //! | `analysis` | [`LayerTrace`]: what a policy does to keys and attention of a text, on the host |
+//! | `calibrate` | [`allocate`]: thresholds for each head from what they cost it |
 //!
 //! # Pages
 //!
@@ -29,6 +32,7 @@
 //! that a query sees the keys of its own page exactly, whatever the window: see [`ExactRule`].
 
 mod analysis;
+mod calibrate;
 mod encode;
 mod image;
 mod level;
@@ -36,12 +40,15 @@ mod originals;
 mod page;
 pub mod plain;
 mod policy;
+mod policy_file;
 mod policy_text;
 mod statistics;
+mod thresholds;
 mod values;
 mod window;
 
 pub use analysis::{CompressedHead, HeadAnalysis, LayerTrace};
+pub use calibrate::{Curve, CurvePoint, allocate, reachable_zeros, uniform_theta};
 pub use encode::encode_page;
 pub use image::CacheImage;
 pub use originals::Originals;
@@ -50,6 +57,8 @@ pub use policy::{
     AttentionPolicy, ChannelBits, DeltaFormat, DeltaKeys, KeyFormat, PrefillWindow, Reference,
     Threshold, ValueFormat, WindowShape,
 };
+pub use policy_file::{Calibration, Measured, PolicyFile};
 pub use statistics::{CacheStatistics, PageStatistics, ThetaRange};
+pub use thresholds::Thresholds;
 pub use values::{decode_value, encode_value};
 pub use window::{ExactRule, Phase, Window};

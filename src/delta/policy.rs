@@ -184,6 +184,8 @@ pub enum WindowShape {
     Sliding,
 }
 
+/// Thresholds up to here.
+pub(super) const MAX_THETA: f32 = 1e4;
 /// Sinks up to here.
 const MAX_SINK: usize = 1024;
 /// Windows of decoding.
@@ -254,11 +256,10 @@ impl AttentionPolicy {
         let refuse = |name, value: String, allowed: String| -> Result<()> {
             Err(Error::Parameter { name, value, allowed })
         };
-        if let KeyFormat::Delta(DeltaKeys { threshold, .. }) = self.keys {
-            let (Threshold::Absolute(theta) | Threshold::Relative(theta)) = threshold;
-            if !(0.0..=1e4).contains(&theta) {
-                return refuse("theta", threshold.to_string(), "must be from 0 to 10000".into());
-            }
+        if let KeyFormat::Delta(DeltaKeys { threshold, .. }) = self.keys
+            && !(0.0..=MAX_THETA).contains(&threshold.number())
+        {
+            return refuse("theta", threshold.to_string(), "must be from 0 to 10000".into());
         }
         if self.sink > MAX_SINK {
             let allowed = format!("must be from 0 to {MAX_SINK} tokens");

@@ -1,18 +1,17 @@
 //! Rows run through a model with several policies side by side.
 
 use std::ops::AddAssign;
-use std::sync::Arc;
 use std::time::Instant;
 
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::lockstep::{Expectation, divergence, lockstep, log_probabilities};
 use super::prepare::{Part, Prepared};
 use super::squad;
-use crate::delta::{AttentionPolicy, PageStatistics};
+use crate::delta::{AttentionPolicy, PageStatistics, Thresholds};
 use crate::error::Result;
 use crate::model::Model;
-use crate::session::{Cancel, LogitsOptions, LogitsRun, Session, SessionOptions};
+use crate::session::{Cancel, LogitsOptions, Session, SessionOptions};
 use crate::tokenizer::TextStream;
 
 /// A policy under a name.
@@ -22,6 +21,8 @@ pub struct Candidate {
     pub name: String,
     /// How keys and values are kept.
     pub attention: AttentionPolicy,
+    /// A threshold of its own for each layer and KV head.
+    pub thresholds: Option<Thresholds>,
 }
 
 /// What of a row runs as a prompt.
@@ -146,6 +147,14 @@ struct Sequence {
     seconds: f64,
 }
 
+impl From<Expectation> for Sequence {
+    fn from(found: Expectation) -> Self {
+        let Expectation { tokens, nats, kl, statistics, time } = found;
+        let (keys, seconds) = (statistics.total().into(), time.as_secs_f64());
+        Self { nats, kl, tokens, keys, seconds }
+    }
+}
+
 impl AddAssign for Sequence {
     fn add_assign(&mut self, other: Self) {
         self.nats += other.nats;
@@ -214,54 +223,17 @@ impl Scorer<'_> {
         Ok(found.into_iter().map(outcome).collect())
     }
 
-    /// The tokens of a part from `from` on, as each candidate expects them. Candidates run side by
-    /// side, some tokens at a time, so that all logits of a text need never be held.
+    /// The tokens of a part from `from` on, as each candidate expects them.
     fn sequence(&self, part: &Part) -> Result<Vec<Sequence>> {
-        let Part { ids, from } = part;
-        // What comes after the last token is of no interest.
-        let input: Arc<[u32]> = ids[..ids.len() - 1].into();
-        let mut found = vec![Sequence::default(); self.candidates.len()];
-        let mut runs = Vec::with_capacity(self.candidates.len());
-        for candidate in self.candidates {
-            let options = LogitsOptions {
-                attention: candidate.attention,
-                prompt: (self.stage == Stage::Decode).then_some(*from),
-                from: from - 1,
-            };
-            runs.push(LogitsRun::new(self.model, input.clone(), &options, &self.cancel)?);
-        }
-        let vocabulary = self.model.config().vocabulary;
-        let mut at = *from;
-        loop {
-            let mut first: Option<Vec<f32>> = None;
-            for (run, found) in runs.iter_mut().zip(&mut found) {
-                let start = Instant::now();
-                let rows = run.next_rows()?;
-                found.seconds += start.elapsed().as_secs_f64();
-                let Some(rows) = rows else { break };
-                let dense = first.as_ref().unwrap_or(&rows);
-                let targets = &ids[at..at + rows.len() / vocabulary];
-                let (nats, kl) = rows
-                    .par_chunks(vocabulary)
-                    .zip(dense.par_chunks(vocabulary))
-                    .zip(targets)
-                    .map(|((row, dense), target)| expectation(row, dense, *target))
-                    // In order, so that sums are the same every time.
-                    .collect::<Vec<_>>()
-                    .into_iter()
-                    .fold((0.0, 0.0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
-                found.nats += nats;
-                found.kl += kl;
-                found.tokens += targets.len();
-                first.get_or_insert(rows);
-            }
-            let Some(rows) = first else { break };
-            at += rows.len() / vocabulary;
-        }
-        for (run, found) in runs.iter_mut().zip(&mut found) {
-            found.keys = run.statistics()?.total().into();
-        }
-        Ok(found)
+        let options = |candidate: &Candidate| LogitsOptions {
+            attention: candidate.attention,
+            thresholds: candidate.thresholds.clone(),
+            prompt: (self.stage == Stage::Decode).then_some(part.from),
+            from: part.from - 1,
+        };
+        let runs: Vec<LogitsOptions> = self.candidates.iter().map(options).collect();
+        let found = lockstep(self.model, &part.ids, &runs, &self.cancel)?;
+        Ok(found.into_iter().map(Sequence::from).collect())
     }
 
     /// What each candidate answers to a prompt, greedily, up to a new line or the end of the text.
@@ -272,16 +244,17 @@ impl Scorer<'_> {
         score: impl Fn(String) -> Score,
     ) -> Result<Vec<Outcome>> {
         let mut outcomes = Vec::with_capacity(self.candidates.len());
-        let mut first: Option<Vec<f32>> = None;
+        let mut first: Option<Vec<f64>> = None;
         for candidate in self.candidates {
             let start = Instant::now();
             let context = Some(prompt.len() + most);
-            let options = SessionOptions { context, attention: candidate.attention };
+            let thresholds = candidate.thresholds.clone();
+            let options = SessionOptions { context, attention: candidate.attention, thresholds };
             let mut session = Session::new(self.model, &options)?;
             session.cancel_with(self.cancel.clone());
             let logits = session.evaluate(prompt)?;
-            let dense = first.get_or_insert_with(|| logits.clone());
-            let (_, kl) = expectation(&logits, dense, 0);
+            let expected = log_probabilities(&logits);
+            let kl = divergence(first.get_or_insert_with(|| expected.clone()), &expected);
             let answer = self.continuation(&mut session, logits, prompt, most)?;
             let keys = session.statistics()?.total().into();
             let seconds = start.elapsed().as_secs_f64();
@@ -331,22 +304,6 @@ impl Scorer<'_> {
     }
 }
 
-/// Nats of the token `target` and the divergence of a row of logits from another one.
-fn expectation(row: &[f32], dense: &[f32], target: u32) -> (f64, f64) {
-    let (sum, dense_sum) = (log_sum_exp(row), log_sum_exp(dense));
-    let divergence = |(x, d): (&f32, &f32)| {
-        let (x, d) = (f64::from(*x) - sum, f64::from(*d) - dense_sum);
-        d.exp() * (d - x)
-    };
-    let kl = row.iter().zip(dense).map(divergence).sum();
-    (sum - f64::from(row[target as usize]), kl)
-}
-
-fn log_sum_exp(row: &[f32]) -> f64 {
-    let most = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    most + row.iter().map(|x| (f64::from(*x) - most).exp()).sum::<f64>().ln()
-}
-
 /// The first of the greatest.
 fn likeliest(logits: &[f32]) -> u32 {
     let mut best = 0;
@@ -369,18 +326,6 @@ fn holds(text: &str, key: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn expectations_by_hand() {
-        // Probabilities 1/4, 3/4 and, of the other, 1/2, 1/2.
-        let (row, dense) = ([0.0, 3.0f32.ln()], [1.0, 1.0]);
-        let (nats, kl) = expectation(&row, &dense, 1);
-        assert!((nats - (4.0f64 / 3.0).ln()).abs() < 1e-7);
-        assert!((kl - (0.5 * 2.0f64.ln() + 0.5 * (2.0f64 / 3.0).ln())).abs() < 1e-7);
-        assert_eq!(expectation(&dense, &dense, 0).1, 0.0);
-        // Far from one: no overflow.
-        assert!((expectation(&[1e4, 0.0], &[1e4, 0.0], 1).0 - 1e4).abs() < 1e-9);
-    }
 
     #[test]
     fn a_key_is_a_word_of_its_own() {

@@ -132,6 +132,8 @@ pub(super) struct Compressed {
     pub originals: Buffer,
     /// `[G, D]` f32, for a continuous chain: the last reconstructed key.
     pub carry: Buffer,
+    /// `[G]` f32, of delta keys: absolute, or in standard deviations.
+    pub thresholds: Buffer,
     pub segments: Vec<PageSegment>,
     /// Pages that are encoded.
     pub pages: usize,
@@ -183,7 +185,7 @@ pub(super) struct Part<'a> {
 
 impl Cache {
     pub(super) fn new(device: &Arc<Device>, shape: &CacheShape) -> Result<Self> {
-        let CacheShape { attention, context, rows, policy } = *shape;
+        let CacheShape { attention, context, rows, policy, ref thresholds } = *shape;
         let layout = PageLayout::new(&policy, attention.head_dim)?;
         let compressed = layout.map(|layout| {
             let keys = match layout.keys {
@@ -195,6 +197,9 @@ impl Cache {
             let recent = policy.recent_slots(context, rows);
             let slots = attention.kv_heads * (policy.sink + recent);
             let originals = slots * attention.head_dim.next_multiple_of(4) * policy.exact.bytes();
+            let uniform = layout.delta().map_or(0.0, |delta| delta.threshold.number());
+            let uniform = vec![uniform; attention.kv_heads];
+            let thresholds = thresholds.as_deref().unwrap_or(&uniform);
             Ok(Compressed {
                 layout,
                 kind: PageKind { keys, page: layout.tokens as u32 },
@@ -202,6 +207,7 @@ impl Cache {
                 originals: device.storage("the original keys of a layer", originals as u64)?,
                 carry: device
                     .storage("the last key of a layer", 4 * attention.kv_width() as u64)?,
+                thresholds: device.storage_with("the thresholds of a layer", thresholds)?,
                 segments: Vec::new(),
                 pages: 0,
             })
@@ -363,6 +369,7 @@ impl KeyValueCache for Cache {
         }
         if let Some(compressed) = &self.compressed {
             held.keys += compressed.originals.size() + compressed.carry.size();
+            held.keys += compressed.thresholds.size();
             held.keys += compressed.segments.iter().map(|s| s.buffer.size()).sum::<u64>();
         }
         held

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::buffer::Buffer;
-use super::cache::{Cache, Filled, PageKeys, PageKind, PageSegment};
+use super::cache::{Cache, Compressed, Filled, PageKeys, PageKind, PageSegment};
 use super::device::Device;
 use super::recorder::Recorder;
 use super::shader::{
@@ -34,7 +34,6 @@ struct DeltaParams {
     deltas: u32,
     sink: u32,
     recent: u32,
-    theta: f32,
     relative: u32,
 }
 
@@ -46,7 +45,7 @@ pub(super) fn program(exact: CacheFormat, pages: PageKind, head_dim: u32) -> Pro
     let mut bindings = vec![(2, Read), (3, Write)];
     if matches!(pages.keys, PageKeys::Delta(..)) {
         parts.push(wgsl!("encode_keys_delta.wgsl"));
-        bindings.push((4, Write));
+        bindings.extend([(4, Write), (5, Read)]);
     } else {
         parts.push(wgsl!("encode_keys.wgsl"));
     }
@@ -95,10 +94,7 @@ impl Stream {
                     self.recorder.dispatch(kernel, &params, &buffers, [count, kv_heads, 1])?;
                 }
                 Some(delta) => {
-                    let (theta, relative) = match delta.threshold {
-                        Threshold::Absolute(theta) => (theta, 0),
-                        Threshold::Relative(theta) => (theta, 1),
-                    };
+                    let relative = matches!(delta.threshold, Threshold::Relative(_));
                     // Each page of a continuous chain begins where the one before has ended.
                     let loops = if delta.reference == Reference::Continuous { count } else { 1 };
                     let params = DeltaParams {
@@ -109,10 +105,10 @@ impl Stream {
                         deltas: segment.deltas as u32,
                         sink: sink as u32,
                         recent,
-                        theta,
-                        relative,
+                        relative: relative.into(),
                     };
-                    let buffers = [&compressed.originals, &segment.buffer, &compressed.carry];
+                    let Compressed { originals, carry, thresholds, .. } = &*compressed;
+                    let buffers = [originals, &segment.buffer, carry, thresholds];
                     let grid = [count / loops, kv_heads, 1];
                     self.recorder.dispatch(kernel, &params, &buffers, grid)?;
                     let pages = compressed.pages + count - segment.first;

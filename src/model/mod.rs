@@ -21,7 +21,7 @@ pub use memory::{MemoryUse, plan_memory};
 use crate::backend::{Backend, DeviceInfo};
 use crate::checkpoint::{Checkpoint, ModelConfig};
 use crate::cpu::Cpu;
-use crate::delta::{AttentionPolicy, CacheImage, Page, Phase};
+use crate::delta::{AttentionPolicy, CacheImage, Page, Phase, Thresholds};
 use crate::error::{Error, Result};
 use crate::gpu::GpuOptions;
 use crate::reference::Reference;
@@ -203,7 +203,7 @@ pub(crate) const PREFILL_CHUNK: usize = 256;
 pub(crate) const LOGITS_CHUNK: usize = 32;
 
 /// How large a session may get.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct SessionShape {
     /// Tokens that the cache holds.
     pub context: usize,
@@ -213,11 +213,14 @@ pub(crate) struct SessionShape {
     pub logit_rows: usize,
     /// How keys and values are kept.
     pub policy: AttentionPolicy,
+    /// Of the model's layers and KV heads.
+    pub thresholds: Option<Thresholds>,
 }
 
 impl SessionShape {
     pub(crate) fn new(context: usize, policy: AttentionPolicy) -> Self {
-        Self { context, chunk: PREFILL_CHUNK.min(context), logit_rows: 1, policy }
+        let chunk = PREFILL_CHUNK.min(context);
+        Self { context, chunk, logit_rows: 1, policy, thresholds: None }
     }
 }
 

@@ -264,13 +264,16 @@ impl<B: Backend> super::Engine for Transformer<B> {
             vocabulary,
         })?;
         let activations = self.activations(&shape)?;
-        let cache = CacheShape {
-            attention,
-            context: shape.context,
-            rows: shape.chunk,
-            policy: shape.policy,
+        let cache = |layer| {
+            self.backend.cache(&CacheShape {
+                attention,
+                context: shape.context,
+                rows: shape.chunk,
+                policy: shape.policy,
+                thresholds: shape.thresholds.as_ref().and_then(|all| all.layer(layer)).cloned(),
+            })
         };
-        let caches = (0..layers).map(|_| self.backend.cache(&cache)).collect::<Result<Vec<_>>>()?;
+        let caches = (0..layers).map(cache).collect::<Result<Vec<_>>>()?;
         let head_dim = attention.head_dim;
         let rope = self.backend.rope(&self.config.rope.table(shape.context, head_dim), head_dim)?;
         let originals = Originals::new(&shape.policy, shape.context, shape.chunk);

@@ -1,6 +1,7 @@
 //! Keys and values of one layer, original and compressed.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::f16;
 
@@ -20,6 +21,8 @@ pub struct Cache {
     pub(super) policy: AttentionPolicy,
     /// Of the pages; nothing where keys are plain.
     pub(super) layout: Option<PageLayout>,
+    /// Of each KV head, in place of the policy's.
+    pub(super) thresholds: Option<Arc<[f32]>>,
     /// Tokens in it.
     pub(super) length: usize,
     /// `[context, G, D]`, as `f32` that the policy's exact format can hold.

@@ -26,7 +26,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
 use super::{Session, SessionOptions, check_context};
 use crate::checkpoint::ModelConfig;
-use crate::delta::{AttentionPolicy, CacheImage, Page, PageLayout};
+use crate::delta::{AttentionPolicy, CacheImage, Page, PageLayout, Thresholds};
 use crate::error::{Error, Result};
 use crate::model::{Model, SessionShape};
 
@@ -72,7 +72,7 @@ impl Session {
             tensors.push(Stored::bytes(name("values"), image.values));
             exact_from = image.exact_from;
         }
-        let fields = vec![
+        let mut fields = vec![
             ("format", FORMAT.into()),
             ("version", VERSION.into()),
             ("model", fingerprint(self.model.config())),
@@ -82,6 +82,9 @@ impl Session {
             ("length", length.to_string()),
             ("exact_from", exact_from.to_string()),
         ];
+        if let Some(thresholds) = &self.shape.thresholds {
+            fields.push(("thresholds", thresholds.to_string()));
+        }
         Ok((fields, tensors))
     }
 
@@ -99,6 +102,11 @@ impl Session {
         saved.expect("version", VERSION)?;
         saved.expect("model", &fingerprint(config))?;
         let policy: AttentionPolicy = saved.parse("policy", "an attention policy")?;
+        let thresholds = saved.thresholds()?;
+        if let Some(thresholds) = &thresholds {
+            let checked = thresholds.check(&policy, config.layers, config.attention.kv_heads);
+            checked.map_err(|error| saved.wrong("thresholds", error))?;
+        }
         let context: usize = saved.parse("context", "a number of tokens")?;
         check_context(context, config).map_err(|error| saved.wrong("context", error))?;
         let length = saved.number("length", context)?;
@@ -138,7 +146,7 @@ impl Session {
             .collect::<Result<Vec<_>>>()?;
         saved.check_sum(layers, parts)?;
 
-        let options = SessionOptions { context: Some(context), attention: policy };
+        let options = SessionOptions { context: Some(context), attention: policy, thresholds };
         let mut session = Self::new(model, &options)?;
         if !images.is_empty() {
             session.decoder.restore(&images)?;
@@ -339,6 +347,12 @@ impl<'a> Saved<'a> {
         Ok(number)
     }
 
+    /// Thresholds of each layer and KV head, where it has such.
+    fn thresholds(&self) -> Result<Option<Thresholds>> {
+        let Some(text) = self.fields.get("thresholds") else { return Ok(None) };
+        text.parse().map(Some).map_err(|error: Error| self.wrong("thresholds", error))
+    }
+
     /// A tensor of this type, and of this shape if one is given.
     fn tensor(&self, name: &str, dtype: Dtype, shape: Option<&[usize]>) -> Result<TensorView<'_>> {
         let (path, tensor) = (self.path.to_owned(), name.to_owned());
@@ -436,6 +450,9 @@ impl<'a> Saved<'a> {
         {
             checksum.add(self.field(field)?.as_bytes());
         }
+        if let Some(thresholds) = self.fields.get("thresholds") {
+            checksum.add(thresholds.as_bytes());
+        }
         let parts = &["page_words", "pages", "exact", "values"][4 - parts..];
         let in_layers = (0..layers)
             .flat_map(|layer| parts.iter().map(move |part| format!("layer.{layer}.{part}")));
@@ -484,7 +501,7 @@ mod tests {
         let cpu = ModelOptions { device: DeviceChoice::Cpu, ..ModelOptions::default() };
         let model = Model::open(dir.path(), &cpu).expect("opened");
         let attention = "delta page=16 window=16".parse().expect("a policy");
-        let options = SessionOptions { context: Some(512), attention };
+        let options = SessionOptions { context: Some(512), attention, ..SessionOptions::default() };
         let mut session = Session::new(&model, &options).expect("session");
         let text: Vec<u32> = (0..70).map(|i| 3 + i % 50).collect();
         session.evaluate(&text).expect("prompt");

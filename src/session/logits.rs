@@ -3,15 +3,17 @@
 use std::sync::Arc;
 
 use super::{Cancel, Session, check_fits, finite};
-use crate::delta::{AttentionPolicy, CacheStatistics};
+use crate::delta::{AttentionPolicy, CacheStatistics, Thresholds};
 use crate::error::{Error, Result};
 use crate::model::{LOGITS_CHUNK, Model, Output, PREFILL_CHUNK, SessionShape};
 
 /// Which part of a text is a prompt, and where logits begin to be of interest.
-#[derive(Clone, Copy, Debug, PartialEq, Default)]
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct LogitsOptions {
     /// How keys and values are kept.
     pub attention: AttentionPolicy,
+    /// Thresholds of each layer and KV head in place of the policy's one, whose unit they are in.
+    pub thresholds: Option<Thresholds>,
     /// Tokens that run as one prompt; the others are fed one by one, as in decoding. `None` takes
     /// the whole text.
     pub prompt: Option<usize>,
@@ -35,8 +37,8 @@ impl LogitsRun {
     /// Begins to run `ids`.
     ///
     /// # Errors
-    /// No token, one outside the vocabulary, more than the model's context; a policy out of range;
-    /// too little device memory.
+    /// No token, one outside the vocabulary, more than the model's context; a policy out of range,
+    /// thresholds of another shape; too little device memory.
     pub fn new(
         model: &Model,
         ids: impl Into<Arc<[u32]>>,
@@ -56,6 +58,7 @@ impl LogitsRun {
             chunk: PREFILL_CHUNK.min(context),
             logit_rows: LOGITS_CHUNK.min(context),
             policy: options.attention,
+            thresholds: options.thresholds.clone(),
         };
         let mut session = Session::with_shape(model, shape)?;
         session.cancel_with(cancel.clone());

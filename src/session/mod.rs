@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::ModelConfig;
-use crate::delta::{AttentionPolicy, CacheStatistics, Phase};
+use crate::delta::{AttentionPolicy, CacheStatistics, Phase, Thresholds};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, MemoryUse, Model, Output, SessionShape};
 use crate::sampler::{Draws, SampleStep, Sampling, TokenSet};
@@ -20,13 +20,15 @@ pub use logits::{LogitsOptions, LogitsRun};
 pub const DEFAULT_CONTEXT: usize = 4096;
 
 /// How large a session may get.
-#[derive(Clone, Copy, Debug, PartialEq, Default)]
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct SessionOptions {
     /// Tokens that the text may have. Memory for them is taken as the text grows. `None` takes
     /// [`DEFAULT_CONTEXT`], or the model's own limit where that is less.
     pub context: Option<usize>,
     /// How keys and values are kept, and which of them attention sees exactly.
     pub attention: AttentionPolicy,
+    /// Thresholds of each layer and KV head in place of the policy's one, whose unit they are in.
+    pub thresholds: Option<Thresholds>,
 }
 
 /// When a generation stops.
@@ -144,17 +146,24 @@ impl Session {
     /// Makes an empty cache and reserves everything else that running the model takes.
     ///
     /// # Errors
-    /// A context of 0 or above the model's limit, a policy out of range; too little device memory.
+    /// A context of 0 or above the model's limit, a policy out of range, thresholds of another shape;
+    /// too little device memory.
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Self> {
         let limit = model.config().context;
         let context = options.context.unwrap_or(DEFAULT_CONTEXT.min(limit));
         check_context(context, model.config())?;
-        Self::with_shape(model, SessionShape::new(context, options.attention))
+        let thresholds = options.thresholds.clone();
+        let shape = SessionShape::new(context, options.attention);
+        Self::with_shape(model, SessionShape { thresholds, ..shape })
     }
 
     fn with_shape(model: &Model, shape: SessionShape) -> Result<Self> {
         shape.policy.check()?;
-        let decoder = model.engine().clone().start(shape)?;
+        if let Some(thresholds) = &shape.thresholds {
+            let config = model.config();
+            thresholds.check(&shape.policy, config.layers, config.attention.kv_heads)?;
+        }
+        let decoder = model.engine().clone().start(shape.clone())?;
         let (model, cancel) = (model.clone(), Cancel::default());
         Ok(Self { model, decoder, shape, tokens: Vec::new(), prompt: 0, cancel })
     }
@@ -183,6 +192,11 @@ impl Session {
     /// How keys and values are kept.
     pub fn policy(&self) -> &AttentionPolicy {
         &self.shape.policy
+    }
+
+    /// Thresholds of each layer and KV head, where it has such.
+    pub fn thresholds(&self) -> Option<&Thresholds> {
+        self.shape.thresholds.as_ref()
     }
 
     /// What the compressed keys are: zeros, bits, thresholds. Waits for the device and reads its

@@ -50,7 +50,7 @@ pub fn attend_from<B: Backend>(
 ) -> Attended {
     let Text { shape: attention, policy, rows, .. } = *text;
     let context = text.tokens() + 1;
-    let shape = CacheShape { attention, context, rows, policy };
+    let shape = CacheShape { attention, context, rows, policy, thresholds: None };
     let stream = StreamShape { rows, context, attention, vocabulary: 32 };
     let mut stream = backend.stream(&stream).expect("a stream");
     let mut cache = backend.cache(&shape).expect("a cache");

@@ -1,17 +1,19 @@
 //! The options that choose an [`AttentionPolicy`], for every command that needs one.
 
 use std::fmt::Display;
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use deltallm::Error;
 use deltallm::backend::CacheFormat;
+use deltallm::checkpoint::ModelConfig;
 use deltallm::delta::{
-    AttentionPolicy, ChannelBits, DeltaFormat, DeltaKeys, KeyFormat, Reference, Threshold,
-    ValueFormat, WindowShape,
+    AttentionPolicy, ChannelBits, DeltaFormat, DeltaKeys, KeyFormat, PolicyFile, Reference,
+    Threshold, Thresholds, ValueFormat, WindowShape,
 };
 
 /// Every option of [`AttentionArgs`].
-pub const OPTIONS: [&str; 13] = [
+pub const OPTIONS: [&str; 14] = [
     "attention",
     "keys",
     "theta",
@@ -25,6 +27,7 @@ pub const OPTIONS: [&str; 13] = [
     "page",
     "cache",
     "policy",
+    "policy_file",
 ];
 
 /// How keys and values are kept, and which of them attention sees exactly.
@@ -90,6 +93,38 @@ pub struct AttentionArgs {
     /// All of the above in one text, as --verbose and --json print it
     #[arg(long, value_name = "TEXT", conflicts_with_all = OPTIONS.into_iter().filter(|o| *o != "policy"))]
     policy: Option<String>,
+
+    /// All of the above from a file, with a threshold for each layer and KV head, as `deltallm
+    /// calibrate` writes it
+    #[arg(long, value_name = "FILE", conflicts_with_all = OPTIONS.into_iter().filter(|o| *o != "policy_file"))]
+    policy_file: Option<PathBuf>,
+}
+
+/// What the options say.
+#[derive(Clone)]
+pub struct Attention {
+    pub policy: AttentionPolicy,
+    /// Of each layer and KV head, in place of the policy's one.
+    pub thresholds: Option<Thresholds>,
+}
+
+impl Attention {
+    /// Refuses thresholds that are not of this model's shape. Sessions do it too: this is for what
+    /// runs without one.
+    pub fn check(&self, config: &ModelConfig) -> Result<(), Error> {
+        match &self.thresholds {
+            Some(thresholds) => {
+                thresholds.check(&self.policy, config.layers, config.attention.kv_heads)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The policy of one KV head.
+    pub fn of_head(&self, layer: usize, kv_head: usize) -> AttentionPolicy {
+        let thresholds = self.thresholds.as_ref().and_then(|all| all.layer(layer));
+        self.policy.with_theta(thresholds.and_then(|heads| heads.get(kv_head)).copied())
+    }
 }
 
 /// Where the options start from.
@@ -162,7 +197,7 @@ enum Cache {
 
 impl AttentionArgs {
     /// The same where a text is run as one prompt, and nothing decoded.
-    pub fn prompt_policy(&self) -> Result<AttentionPolicy, Error> {
+    pub fn prompt_policy(&self) -> Result<Attention, Error> {
         if let Some(window) = self.window {
             let allowed =
                 "has no effect here: it is the window of decoding, and nothing is decoded";
@@ -171,13 +206,32 @@ impl AttentionArgs {
         self.policy()
     }
 
-    /// The policy that the options say.
-    pub fn policy(&self) -> Result<AttentionPolicy, Error> {
-        if let Some(text) = &self.policy {
-            return text.parse();
+    /// What the options say.
+    pub fn policy(&self) -> Result<Attention, Error> {
+        self.policy_from(AttentionPolicy::dense())
+    }
+
+    /// The same where delta attention is the default: for what compresses keys in any case.
+    pub fn delta_policy(&self) -> Result<Attention, Error> {
+        self.policy_from(AttentionPolicy::delta())
+    }
+
+    fn policy_from(&self, default: AttentionPolicy) -> Result<Attention, Error> {
+        if let Some(path) = &self.policy_file {
+            let PolicyFile { policy, thresholds, .. } = PolicyFile::read(path)?;
+            return Ok(Attention { policy, thresholds });
         }
+        let policy = match &self.policy {
+            Some(text) => text.parse()?,
+            None => self.policy_of_options(default)?,
+        };
+        Ok(Attention { policy, thresholds: None })
+    }
+
+    fn policy_of_options(&self, default: AttentionPolicy) -> Result<AttentionPolicy, Error> {
         let mut policy = match self.attention {
-            None | Some(Preset::Dense) => AttentionPolicy::dense(),
+            None => default,
+            Some(Preset::Dense) => AttentionPolicy::dense(),
             Some(Preset::Delta) => AttentionPolicy::delta(),
             Some(Preset::Paper) => AttentionPolicy::paper(),
         };

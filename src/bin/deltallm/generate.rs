@@ -12,7 +12,7 @@ use deltallm::{
 use serde_json::json;
 
 use crate::args::ModelArgs;
-use crate::attention_args::{AttentionArgs, OPTIONS};
+use crate::attention_args::{Attention, AttentionArgs, OPTIONS};
 use crate::cache_report;
 use crate::output::{Failure, Outcome, bytes, say, stop_on_interrupt, tokens};
 
@@ -103,7 +103,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Outcome {
     let sampling = args.sampling();
     sampling.check()?;
-    let policy = args.attention.policy()?;
+    let Attention { policy, thresholds } = args.attention.policy()?;
     args.check_save()?;
     let prompt = args.prompt()?;
     let cancel = Cancel::default();
@@ -122,7 +122,7 @@ pub fn run(args: &Args) -> Outcome {
                 let needed = ids.len().saturating_add(args.max_tokens);
                 needed.max(DEFAULT_CONTEXT).min(model.config().context)
             });
-            let options = SessionOptions { context: Some(context), attention: policy };
+            let options = SessionOptions { context: Some(context), attention: policy, thresholds };
             (ids, Session::new(model, &options)?)
         }
     };
@@ -192,6 +192,9 @@ pub fn run(args: &Args) -> Outcome {
             "context": session.context(),
             "policy": session.policy().to_string(),
         });
+        if let Some(thresholds) = session.thresholds() {
+            object["thresholds"] = thresholds.iter().collect();
+        }
         if let Some(statistics) = &statistics {
             let (keys, values) = cache_report::bytes_json(statistics, &memory);
             (object["bytes"]["keys"], object["bytes"]["values"]) = (keys, values);

@@ -43,21 +43,23 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
     if let Some(prompt) = &args.prompt.prompt {
-        let policy = args.attention.prompt_policy()?;
+        let attention = args.attention.prompt_policy()?;
         return inspect_attention::run(
             &args.dir,
             &args.device,
-            &policy,
+            &attention,
             prompt,
             &args.prompt,
             args.context,
         );
     }
-    let policy = args.attention.policy()?;
+    let attention = args.attention.policy()?;
+    let policy = attention.policy;
     args.device.refuse("needs --prompt: without it no device is opened")?;
     let checkpoint = Checkpoint::open(&args.dir)?;
     let mut out = io::stdout().lock();
     let config = &checkpoint.config;
+    attention.check(config)?;
     let context = args.context.unwrap_or(DEFAULT_CONTEXT.min(config.context));
     check_context(context, config)?;
     architecture(&mut out, config)?;

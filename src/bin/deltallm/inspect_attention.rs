@@ -12,6 +12,7 @@ use deltallm::delta::{
 use deltallm::{Cancel, Error, check_context};
 
 use crate::args::DeviceArgs;
+use crate::attention_args::Attention;
 use crate::cache_report::percent;
 use crate::heat_map::{Axis, AxisKind, HeatMap, Outline, Scale};
 use crate::output::{Outcome, count_bar, say, stop_on_interrupt, token_bar};
@@ -52,6 +53,7 @@ pub struct PromptArgs {
 
 /// What was found, and in which setting.
 struct Inspected<'a> {
+    attention: &'a Attention,
     policy: &'a AttentionPolicy,
     shape: AttentionShape,
     tokens: usize,
@@ -63,16 +65,18 @@ struct Inspected<'a> {
 pub fn run(
     dir: &Path,
     device: &DeviceArgs,
-    policy: &AttentionPolicy,
+    attention: &Attention,
     prompt: &Path,
     args: &PromptArgs,
     context: Option<usize>,
 ) -> Outcome {
+    let policy = &attention.policy;
     let text = fs::read_to_string(prompt).map_err(io_error(prompt))?;
     let cancel = Cancel::default();
     stop_on_interrupt(cancel.clone());
     let model = device.open(dir, &cancel)?;
     let config = model.config();
+    attention.check(config)?;
     in_range("layer", args.layer, config.layers)?;
     in_range("head", args.head, config.attention.heads)?;
     let ids = model.tokenizer().encode(&text)?;
@@ -91,15 +95,16 @@ pub fn run(
     bar.finish_and_clear();
     let bar = count_bar(traces.len(), "layers");
     let mut layers = Vec::with_capacity(traces.len());
-    for trace in &traces {
+    for (layer, trace) in traces.iter().enumerate() {
         if cancel.is_cancelled() {
             return Err(Error::Cancelled.into());
         }
-        layers.push(trace.analyse(policy)?);
+        layers.push(trace.analyse_heads(|kv_head| attention.of_head(layer, kv_head))?);
         bar.inc(1);
     }
     bar.finish_and_clear();
-    let found = Inspected { policy, shape: config.attention, tokens: ids.len(), layers };
+    let (shape, tokens) = (config.attention, ids.len());
+    let found = Inspected { attention, policy, shape, tokens, layers };
 
     let mut files = vec![("attention.csv", to_csv(&found))];
     for (name, picture) in pictures(&found, &traces[args.layer], args)? {
@@ -169,6 +174,9 @@ fn replace_files(dir: &Path, files: &[(&str, String)]) -> Result<Vec<PathBuf>, E
 fn print_table(found: &Inspected<'_>) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "policy  {}", found.policy)?;
+    if found.attention.thresholds.is_some() {
+        writeln!(out, "theta   of each layer and KV head, from the policy file")?;
+    }
     writeln!(out, "tokens  {}", found.tokens)?;
     writeln!(
         out,
@@ -253,7 +261,7 @@ fn pictures(
     args: &PromptArgs,
 ) -> Result<Vec<(&'static str, HeatMap)>, Error> {
     let kv_head = args.head / (found.shape.heads / found.shape.kv_heads);
-    let compressed = trace.compress(found.policy, kv_head)?;
+    let compressed = trace.compress(&found.attention.of_head(args.layer, kv_head), kv_head)?;
     let mut pictures = Vec::new();
     if found.layers.iter().flatten().any(|head| head.statistics.theta.is_some()) {
         pictures.push(("zeros.svg", zeros(found)));
@@ -359,7 +367,9 @@ fn attention(
     compressed: &CompressedHead,
     args: &PromptArgs,
 ) -> Result<HeatMap, Error> {
-    let cells = trace.attention_map(found.policy, args.head, MAP_CELLS)?;
+    let kv_head = args.head / (found.shape.heads / found.shape.kv_heads);
+    let policy = found.attention.of_head(args.layer, kv_head);
+    let cells = trace.attention_map(&policy, args.head, MAP_CELLS)?;
     let end = found.tokens as f64;
     let rule = compressed.rule();
     let mut outlines = Vec::new();

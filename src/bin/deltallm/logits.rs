@@ -4,11 +4,11 @@ use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use deltallm::{Cancel, Error};
+use deltallm::{Cancel, Error, LogitsOptions, LogitsRun};
 use serde_json::json;
 
 use crate::args::ModelArgs;
-use crate::attention_args::AttentionArgs;
+use crate::attention_args::{Attention, AttentionArgs};
 use crate::output::{Outcome, stop_on_interrupt, token_bar};
 
 /// Options of `logits`.
@@ -31,7 +31,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
-    let policy = args.attention.prompt_policy()?;
+    let Attention { policy, thresholds } = args.attention.prompt_policy()?;
     let ids = read_ids(&args.ids)?;
     // Before the model is opened: a path that cannot be written should not cost a minute.
     let mut partial = Partial::create(&args.out)?;
@@ -43,11 +43,13 @@ pub fn run(args: &Args) -> Outcome {
 
     let bar = token_bar(ids.len());
     partial.write(&header(&[ids.len(), vocabulary]))?;
-    model.logits(&ids, &policy, &cancel, |rows| {
+    let options = LogitsOptions { attention: policy, thresholds, ..LogitsOptions::default() };
+    let mut run = LogitsRun::new(model, ids, &options, &cancel)?;
+    while let Some(rows) = run.next_rows()? {
         bar.inc((rows.len() / vocabulary) as u64);
         let bytes: Vec<u8> = rows.iter().flat_map(|x| x.to_le_bytes()).collect();
-        partial.write(&bytes)
-    })?;
+        partial.write(&bytes)?;
+    }
     Ok(partial.finish()?)
 }
 

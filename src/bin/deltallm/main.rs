@@ -3,6 +3,7 @@
 mod args;
 mod attention_args;
 mod cache_report;
+mod calibrate;
 mod devices;
 mod eval;
 mod generate;
@@ -38,6 +39,9 @@ enum Command {
     Eval(eval::Args),
     /// Write the f32 logits of every position, to compare with other engines
     Logits(logits::Args),
+    /// Find thresholds for each layer and KV head that keep a budget on a text, and write them to a
+    /// file that every command takes as --policy-file
+    Calibrate(calibrate::Args),
 }
 
 fn main() -> ExitCode {
@@ -50,6 +54,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Logits(args) => logits::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
     };
     output::exit(result)
 }

@@ -1,42 +1,63 @@
 //! Which policies are compared.
 
+use std::path::Path;
+
 use deltallm::Error;
 use deltallm::backend::CacheFormat;
-use deltallm::delta::AttentionPolicy;
+use deltallm::delta::{AttentionPolicy, PolicyFile};
 use deltallm::eval::Candidate;
 
-/// Dense attention in f32, the policy of the attention options if they ask for another one, every
-/// combination of the sweeps, and those that are given as text; none twice.
-pub fn list(
-    base: &AttentionPolicy,
-    sweeps: &[String],
-    more: &[String],
-) -> Result<Vec<Candidate>, Error> {
-    let dense = AttentionPolicy::plain(CacheFormat::F32);
-    let mut policies = vec![dense];
-    if *base != AttentionPolicy::dense() || (sweeps.is_empty() && more.is_empty()) {
-        policies.push(*base);
-    }
-    if !sweeps.is_empty() {
-        let start = if base.is_dense() { AttentionPolicy::delta() } else { *base };
-        let mut texts = vec![start.to_string()];
+use crate::attention_args::Attention;
+
+/// Dense attention in f32, what the attention options say if that is another policy, every
+/// combination of the sweeps over it, and those that are given as text or file; none twice.
+pub fn list(base: &Attention, sweeps: &[String], more: &[String]) -> Result<Vec<Candidate>, Error> {
+    let dense = Attention { policy: AttentionPolicy::plain(CacheFormat::F32), thresholds: None };
+    let mut found = vec![(dense, None)];
+    if sweeps.is_empty() {
+        if base.policy != AttentionPolicy::dense() || more.is_empty() {
+            found.push((base.clone(), None));
+        }
+    } else if base.thresholds.is_some() {
+        return Err(Error::Parameter {
+            name: "sweep",
+            value: sweeps.join(" "),
+            allowed: "cannot vary a --policy-file with thresholds for each head: use --compare"
+                .into(),
+        });
+    } else {
+        let mut texts = vec![base.policy.to_string()];
         for sweep in sweeps {
             texts = swept(&texts, sweep)?;
         }
         for text in texts {
-            policies.push(text.parse()?);
+            found.push((Attention { policy: text.parse()?, thresholds: None }, None));
         }
     }
     for text in more {
-        policies.push(text.parse()?);
+        found.push(given(text)?);
     }
-    let mut unique: Vec<AttentionPolicy> = Vec::new();
-    for policy in policies {
-        if !unique.contains(&policy) {
-            unique.push(policy);
+    let mut unique: Vec<(Attention, Option<String>)> = Vec::new();
+    for one in found {
+        let same = |(other, _): &(Attention, _)| {
+            (other.policy, &other.thresholds) == (one.0.policy, &one.0.thresholds)
+        };
+        if !unique.iter().any(same) {
+            unique.push(one);
         }
     }
-    Ok(named(&unique))
+    Ok(named(unique))
+}
+
+/// A policy as text, or the name of a policy file.
+fn given(text: &str) -> Result<(Attention, Option<String>), Error> {
+    let path = Path::new(text);
+    if !path.extension().is_some_and(|extension| extension == "json") {
+        return Ok((Attention { policy: text.parse()?, thresholds: None }, None));
+    }
+    let PolicyFile { policy, thresholds, .. } = PolicyFile::read(path)?;
+    let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    Ok((Attention { policy, thresholds }, Some(name)))
 }
 
 /// Each policy with each value of `field=a,b,..`.
@@ -88,14 +109,14 @@ fn with(pairs: &[(&str, &str)], field: &str, value: &str) -> String {
 }
 
 /// Policies under names that say what sets them apart: their keys, and every field in which those
-/// that have it differ.
-fn named(policies: &[AttentionPolicy]) -> Vec<Candidate> {
-    let texts: Vec<String> = policies.iter().map(ToString::to_string).collect();
+/// that have it differ; those of a file under its name.
+fn named(policies: Vec<(Attention, Option<String>)>) -> Vec<Candidate> {
+    let texts: Vec<String> = policies.iter().map(|(one, _)| one.policy.to_string()).collect();
     let value = |text: &str, name: &str| {
         let mut pairs = text.split_whitespace().filter_map(|word| word.split_once('='));
         pairs.find(|(field, _)| *field == name).map(|(_, value)| value.to_owned())
     };
-    let name = |(index, text): (usize, &String)| {
+    let made = |index: usize, text: &str| {
         if index == 0 {
             return "dense".to_owned();
         }
@@ -111,13 +132,12 @@ fn named(policies: &[AttentionPolicy]) -> Vec<Candidate> {
             words.map(|word| word.strip_prefix("keys=").unwrap_or(word)).collect();
         words.join(" ")
     };
-    texts
-        .iter()
-        .enumerate()
-        .map(name)
-        .zip(policies)
-        .map(|(name, &attention)| Candidate { name, attention })
-        .collect()
+    let candidate = |(index, (one, name)): (usize, (Attention, Option<String>))| {
+        let Attention { policy, thresholds } = one;
+        let name = name.unwrap_or_else(|| made(index, &texts[index]));
+        Candidate { name, attention: policy, thresholds }
+    };
+    policies.into_iter().enumerate().map(candidate).collect()
 }
 
 #[cfg(test)]
@@ -126,14 +146,14 @@ mod tests {
 
     fn names(base: &str, sweeps: &[&str], more: &[&str]) -> Vec<String> {
         let owned = |texts: &[&str]| texts.iter().map(|&t| t.to_owned()).collect::<Vec<_>>();
-        let base = base.parse().expect("policy");
+        let base = Attention { policy: base.parse().expect("policy"), thresholds: None };
         let found = list(&base, &owned(sweeps), &owned(more)).expect("policies");
         found.into_iter().map(|candidate| candidate.name).collect()
     }
 
     #[test]
     fn sweeps_are_combined_and_none_comes_twice() {
-        let found = names("dense", &["keys=int8,delta", "theta=0.5sigma,1sigma"], &[]);
+        let found = names("delta", &["keys=int8,delta", "theta=0.5sigma,1sigma"], &[]);
         assert_eq!(found, ["dense", "int8", "delta theta=0.5sigma", "delta theta=1sigma"]);
         let found = names("delta", &["page=32,64"], &["keys=channel4"]);
         let expected = [
@@ -148,10 +168,11 @@ mod tests {
 
     #[test]
     fn what_is_no_policy_is_refused() {
-        let dense = AttentionPolicy::dense();
+        let dense = Attention { policy: AttentionPolicy::delta(), thresholds: None };
         for sweep in ["theta", "theta=", "theta=1,,2", "thetta=1", "page=20"] {
             assert!(list(&dense, &[sweep.into()], &[]).is_err(), "{sweep}");
         }
         assert!(list(&dense, &[], &["keys=none".into()]).is_err());
+        assert!(list(&dense, &[], &["not-there.json".into()]).is_err());
     }
 }

@@ -56,7 +56,8 @@ pub struct Args {
     #[arg(long, value_name = "FIELD=A,B,..")]
     sweep: Vec<String>,
 
-    /// One more policy, as text; may be given more than once
+    /// One more policy, as text or as a file that calibrate has written (.json); may be given more than
+    /// once
     #[arg(long, value_name = "POLICY")]
     compare: Vec<String>,
 
@@ -142,7 +143,11 @@ pub struct Work {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
-    let candidates = candidates::list(&args.attention.policy()?, &args.sweep, &args.compare)?;
+    let base = match args.sweep.is_empty() {
+        true => args.attention.policy()?,
+        false => args.attention.delta_policy()?,
+    };
+    let candidates = candidates::list(&base, &args.sweep, &args.compare)?;
     let mut tasks = args
         .files
         .iter()
@@ -284,7 +289,7 @@ impl Args {
             model.device().backend
         );
         for candidate in candidates {
-            text += &format!("\n{}", candidate.attention);
+            text += &format!("\n{} {:?}", candidate.attention, candidate.thresholds);
         }
         for work in work {
             text += &format!("\n{} {:?}", work.task.name, work.task.rows);

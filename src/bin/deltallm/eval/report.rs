@@ -76,6 +76,7 @@ impl<'a> Report<'a> {
                 json!({
                     "name": candidate.name,
                     "policy": candidate.attention.to_string(),
+                    "thresholds": candidate.thresholds.as_ref().map(|t| t.iter().collect::<Vec<_>>()),
                     "metrics": metrics,
                     "change": number(&summary.change),
                     "zeros": summary.zeros(),
