@@ -52,7 +52,7 @@ pub fn list(base: &Attention, sweeps: &[String], more: &[String]) -> Result<Vec<
 /// A policy as text, or the name of a policy file.
 fn given(text: &str) -> Result<(Attention, Option<String>), Error> {
     let path = Path::new(text);
-    if !path.extension().is_some_and(|extension| extension == "json") {
+    if path.extension().is_none_or(|extension| extension != "json") {
         return Ok((Attention { policy: text.parse()?, thresholds: None }, None));
     }
     let PolicyFile { policy, thresholds, .. } = PolicyFile::read(path)?;
