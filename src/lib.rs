@@ -36,6 +36,8 @@
 //! - [`gpu`], [`cpu`] and [`mod@reference`] each implement them. [`mod@reference`] is slow and plain: read
 //!   it to know what an operation does. [`conformance`] holds the other two against it.
 //! - [`Session`] is a text in progress: its cache, its sampling, its stream of pieces.
+//! - `chat` (a feature) is a checkpoint's chat template and conversations in it; `demo` (a feature)
+//!   is a small model inside the crate, `Model::embedded`.
 //!
 //! An operation has one name everywhere: `norm` is `shaders/norm.wgsl`, `src/gpu/norm.rs`,
 //! `src/cpu/norm.rs`, [`Operations::norm`](backend::Operations::norm) and its row in the table of
@@ -53,10 +55,14 @@
 //! [`MatrixSource`]: checkpoint::MatrixSource
 
 pub mod backend;
+#[cfg(feature = "chat")]
+pub mod chat;
 pub mod checkpoint;
 pub mod conformance;
 pub mod cpu;
 pub mod delta;
+#[cfg(feature = "demo")]
+pub mod demo;
 mod error;
 mod formats;
 pub mod gpu;

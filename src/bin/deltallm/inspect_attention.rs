@@ -11,7 +11,7 @@ use deltallm::delta::{
 };
 use deltallm::{Cancel, Error, check_context};
 
-use crate::args::DeviceArgs;
+use crate::args::{DeviceArgs, open_checkpoint};
 use crate::cache_report::percent;
 use crate::heat_map::{Axis, AxisKind, HeatMap, Outline, Scale};
 use crate::output::{Outcome, count_bar, say, stop_on_interrupt, token_bar};
@@ -61,7 +61,7 @@ struct Inspected<'a> {
 
 /// Runs the prompt and writes everything.
 pub fn run(
-    dir: &Path,
+    dir: Option<&Path>,
     device: &DeviceArgs,
     policy: &AttentionPolicy,
     prompt: &Path,
@@ -71,7 +71,7 @@ pub fn run(
     let text = fs::read_to_string(prompt).map_err(io_error(prompt))?;
     let cancel = Cancel::default();
     stop_on_interrupt(cancel.clone());
-    let model = device.open(dir, &cancel)?;
+    let model = device.open(open_checkpoint(dir)?, &cancel)?;
     let config = model.config();
     in_range("layer", args.layer, config.layers)?;
     in_range("head", args.head, config.attention.heads)?;
