@@ -292,7 +292,11 @@ fn a_reply_that_is_stopped_stays_as_far_as_it_came() {
     let text = reply.text().to_owned();
     drop(reply);
     assert_eq!(stopped.messages(), [Message::user("Hello"), Message::assistant(text)]);
-    assert!(matches!(stopped.ask("More", &options), Err(Error::Cancelled)));
+    // A longer text says so at once, this one with its first token.
+    let mut reply = stopped.ask("More", &options).expect("a reply");
+    assert!(reply.next().is_none());
+    drop(reply);
+    assert!(matches!(stopped.ask(&"More ".repeat(300), &options), Err(Error::Cancelled)));
     assert_eq!(stopped.messages().len(), 2);
     cancel.reset();
     ask(&mut stopped, "More", 3);

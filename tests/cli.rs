@@ -1,5 +1,5 @@
 //! The command line, as a newcomer, a script and an impatient user meet it.
-#![cfg(feature = "cli")]
+#![cfg(all(feature = "cli", feature = "demo"))]
 
 mod common;
 
@@ -45,10 +45,23 @@ fn ok(output: Output) -> Output {
 }
 
 #[test]
-fn without_a_model_a_made_up_one_runs_and_says_so() {
-    let output = ok(run(&["generate", "Anna put the red ball", "--device", "cpu", "-n", "8"]));
-    assert!(err(&output).contains("random weights"), "{}", err(&output));
-    assert!(!out(&output).trim().is_empty());
+fn without_a_model_the_one_inside_runs_and_says_so() {
+    let adapter = common::test_adapter();
+    for device in ["cpu", &adapter] {
+        let args = ["generate", "Anna put the red ball", "--device", device, "-n", "8"];
+        let output = ok(run(&[&args[..], &["--ignore-eos"]].concat()));
+        assert!(err(&output).contains(deltallm::demo::DESCRIPTION), "{}", err(&output));
+        assert!(!out(&output).trim().is_empty());
+    }
+    let output = ok(run(&["inspect"]));
+    for word in ["BitNetForCausalLM", "4.8 M", "packed ternary"] {
+        assert!(out(&output).contains(word), "{word}: {}", out(&output));
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    let (ids, logits) = (dir.path().join("ids"), dir.path().join("logits.safetensors"));
+    fs::write(&ids, "0 5 6").expect("written");
+    ok(run(&["logits", "--ids", path(&ids), "--out", path(&logits), "--device", "cpu"]));
+    assert!(logits.is_file());
 }
 
 #[test]

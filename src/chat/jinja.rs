@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, escape_formatter};
+use minijinja_contrib::pycompat;
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
@@ -22,7 +23,7 @@ pub fn environment() -> Result<Environment<'static>, Error> {
     environment.set_fuel(Some(FUEL));
     environment.set_recursion_limit(DEPTH);
     environment.set_formatter(format);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(method);
     environment.add_filter("tojson", to_json);
     environment.add_filter("trim", trim);
     environment.add_function("raise_exception", raise);
@@ -41,12 +42,30 @@ fn format(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Res
     out.write_str(text).map_err(|_| Error::from(ErrorKind::WriteFailure))
 }
 
-/// Python's `str.strip`, whose whitespace includes four control characters.
+/// `trim(characters)`: as in Python, where four control characters are white space too.
 fn trim(text: &str, characters: Option<&str>) -> String {
-    let space = |c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c);
     match characters {
         Some(characters) => text.trim_matches(|c| characters.contains(c)).to_owned(),
-        None => text.trim_matches(space).to_owned(),
+        None => text.trim_matches(is_space).to_owned(),
+    }
+}
+
+fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
+}
+
+/// Python's methods of texts, lists and mappings.
+fn method(
+    state: &mut State<'_, '_>,
+    value: &Value,
+    name: &str,
+    arguments: &[Value],
+) -> Result<Value, Error> {
+    match (value.as_str(), name, arguments) {
+        (Some(text), "strip", []) => Ok(text.trim_matches(is_space).into()),
+        (Some(text), "lstrip", []) => Ok(text.trim_start_matches(is_space).into()),
+        (Some(text), "rstrip", []) => Ok(text.trim_end_matches(is_space).into()),
+        _ => pycompat::unknown_method_callback(state, value, name, arguments),
     }
 }
 

@@ -315,7 +315,7 @@ fn read_shard(files: &Files, name: &str) -> Result<BTreeMap<String, TensorInfo>>
     Ok(metadata.tensors().into_iter().map(entry).collect())
 }
 
-/// A regular file that is not empty: nothing else can be mapped.
+/// A regular file that is not empty: such a one alone can be mapped.
 fn open_file(path: &Path) -> Result<Data> {
     let malformed =
         |message: &str| Error::Malformed { path: path.to_owned(), message: message.into() };
@@ -332,6 +332,9 @@ fn open_file(path: &Path) -> Result<Data> {
 
 /// The length of the header and what it says, or what is wrong with the file.
 fn read_header(whole: &[u8]) -> Result<(usize, Metadata), String> {
+    if whole.is_empty() {
+        return Err("is empty".into());
+    }
     if whole.starts_with(b"version https://git-lfs") {
         let message = "is a Git LFS pointer, not the weights: run `git lfs pull` in its directory";
         return Err(message.into());
