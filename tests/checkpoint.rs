@@ -474,8 +474,10 @@ fn a_made_up_checkpoint_is_the_same_every_time() {
     assert_eq!(read(write(&tiny).path()), read(write(&tiny).path()));
 }
 
+type MemoryFiles = Vec<(String, Vec<u8>)>;
+
 /// The files of a fixture, in memory.
-fn in_memory(name: &str) -> Vec<(String, Vec<u8>)> {
+fn in_memory(name: &str) -> MemoryFiles {
     let files =
         fs::read_dir(fixture(name)).expect("fixture").map(|file| file.expect("file").path());
     let named = |path: PathBuf| {
@@ -485,7 +487,7 @@ fn in_memory(name: &str) -> Vec<(String, Vec<u8>)> {
     files.map(named).collect()
 }
 
-fn open_in_memory(files: Vec<(String, Vec<u8>)>) -> deltallm::Result<Model> {
+fn open_in_memory(files: MemoryFiles) -> deltallm::Result<Model> {
     let files = files.into_iter().map(|(name, bytes)| (name, Bytes::from(bytes)));
     let checkpoint = Checkpoint::from_memory("inside", files)?;
     let options = ModelOptions { device: DeviceChoice::Cpu, ..ModelOptions::default() };
@@ -509,7 +511,7 @@ fn a_checkpoint_in_memory_is_the_one_on_disk() {
 
 #[test]
 fn a_wrong_file_in_memory_is_named() {
-    let error = |change: &dyn Fn(&mut Vec<(String, Vec<u8>)>)| {
+    let error = |change: &dyn Fn(&mut MemoryFiles)| {
         let mut files = in_memory("llama-64");
         change(&mut files);
         open_in_memory(files).expect_err("a broken checkpoint was opened").to_string()

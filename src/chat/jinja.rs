@@ -43,7 +43,9 @@ fn format(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Res
 }
 
 /// `trim(characters)`: as in Python, where four control characters are white space too.
-fn trim(text: &str, characters: Option<&str>) -> String {
+fn trim(value: &Value, characters: Option<&str>) -> String {
+    // What is not a text becomes one, and what is not there an empty one.
+    let text = value.to_string();
     match characters {
         Some(characters) => text.trim_matches(|c| characters.contains(c)).to_owned(),
         None => text.trim_matches(is_space).to_owned(),

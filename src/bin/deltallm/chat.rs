@@ -142,10 +142,8 @@ impl Chat {
                 say!("(stopped)");
                 Ok(())
             }
-            Err(Failure::Error(error @ (Error::ContextFull { .. } | Error::Malformed { .. })))
-                if self.terminal =>
-            {
-                say!("{error}\n(nothing was said; try something shorter, or /clear)");
+            Err(Failure::Error(error @ Error::ContextFull { .. })) if self.terminal => {
+                say!("{error}\n(nothing was said: try something shorter)");
                 Ok(())
             }
             outcome => outcome,
