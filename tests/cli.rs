@@ -608,9 +608,10 @@ fn ctrl_c_stops_cleanly() {
     std::io::Read::read_exact(&mut stdout, &mut first).expect("text");
     let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
     assert!(kill.expect("kill").success());
-    let mut rest = String::new();
-    std::io::Read::read_to_string(&mut stdout, &mut rest).expect("UTF-8 to its end");
+    let mut text = first.to_vec();
+    std::io::Read::read_to_end(&mut stdout, &mut text).expect("text to its end");
+    let text = String::from_utf8(text).expect("UTF-8 to its end");
     let output = child.wait_with_output().expect("ends");
     assert_eq!(output.status.code(), Some(130), "{}", err(&output));
-    assert!(rest.ends_with('\n'));
+    assert!(text.ends_with('\n'));
 }
