@@ -39,6 +39,8 @@
 //! - [`eval`] asks what a policy costs: tasks, their metrics with standard errors, and the divergence
 //!   from dense attention.
 //! - [`Session`] is a text in progress: its cache, its sampling, its stream of pieces.
+//! - `chat` (a feature) is a checkpoint's chat template and conversations in it; `demo` (a feature)
+//!   is a small model inside the crate, `Model::embedded`.
 //!
 //! An operation has one name everywhere: `norm` is `shaders/norm.wgsl`, `src/gpu/norm.rs`,
 //! `src/cpu/norm.rs`, [`Operations::norm`](backend::Operations::norm) and its row in the table of
@@ -56,10 +58,14 @@
 //! [`MatrixSource`]: checkpoint::MatrixSource
 
 pub mod backend;
+#[cfg(feature = "chat")]
+pub mod chat;
 pub mod checkpoint;
 pub mod conformance;
 pub mod cpu;
 pub mod delta;
+#[cfg(feature = "demo")]
+pub mod demo;
 mod error;
 pub mod eval;
 mod formats;

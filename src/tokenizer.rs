@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{Checkpoint, Object, read_bounded};
+use crate::checkpoint::{Checkpoint, Files, Object};
 use crate::error::{Error, Result};
 
 /// Llama 3's file has 17 MB; fifteen times that is no tokenizer.
@@ -34,8 +34,8 @@ impl Tokenizer {
     /// # Errors
     /// A missing or malformed file; a vocabulary that is larger than the model's embedding.
     pub(crate) fn open(checkpoint: &Checkpoint) -> Result<Self> {
-        let path = checkpoint.dir.join("tokenizer.json");
-        let text = read_bounded(&path, MAX_BYTES)?;
+        let path = checkpoint.files.path("tokenizer.json");
+        let text = checkpoint.files.read("tokenizer.json", MAX_BYTES)?;
         let mut inner = guarded(&path, || tokenizers::Tokenizer::from_bytes(&text))?;
         // A prompt is never shortened or filled up behind the caller's back.
         inner.with_padding(None);
@@ -52,7 +52,7 @@ impl Tokenizer {
             );
             return Err(Error::Malformed { path, message });
         }
-        let beginning = beginning(&checkpoint.dir, &inner)?;
+        let beginning = beginning(&checkpoint.files, &inner)?;
         let tokenizer = Self { path, inner, beginning };
         // A template that names what is not there shows at the first use only.
         for text in ["", "a"] {
@@ -125,8 +125,8 @@ fn guarded<T>(path: &Path, call: impl FnOnce() -> tokenizers::Result<T>) -> Resu
 /// `add_bos_token` and `bos_token` of `tokenizer_config.json`, as transformers takes them: the flag
 /// counts for every class that has it set, and is true by default for Llama's own classes. Most
 /// files need neither: their `tokenizer.json` adds the token itself.
-fn beginning(dir: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<Beginning> {
-    let Some(config) = Object::read_optional(&dir.join("tokenizer_config.json"))? else {
+fn beginning(files: &Files, tokenizer: &tokenizers::Tokenizer) -> Result<Beginning> {
+    let Some(config) = Object::read_optional(files, "tokenizer_config.json")? else {
         return Ok(Beginning::AsInFile);
     };
     if config.flag("add_eos_token")? == Some(true) {

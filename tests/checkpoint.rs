@@ -3,12 +3,13 @@
 mod common;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::ops::ControlFlow;
+use std::path::{MAIN_SEPARATOR, Path, PathBuf};
 
 use common::{fixture, logits};
 use deltallm::backend::CacheFormat;
 use deltallm::checkpoint::synthetic::Synthetic;
-use deltallm::checkpoint::{Checkpoint, FloatType, Ternary};
+use deltallm::checkpoint::{Bytes, Checkpoint, FloatType, Ternary};
 use deltallm::delta::AttentionPolicy;
 use deltallm::model::{WeightFormat, plan_memory};
 use deltallm::{DeviceChoice, Model, ModelOptions, Session, SessionOptions};
@@ -472,4 +473,61 @@ fn a_made_up_checkpoint_is_the_same_every_time() {
     let tiny = Synthetic::named("tiny").expect("known");
     let read = |dir: &Path| fs::read(dir.join("model.safetensors")).expect("weights");
     assert_eq!(read(write(&tiny).path()), read(write(&tiny).path()));
+}
+
+type MemoryFiles = Vec<(String, Vec<u8>)>;
+
+/// The files of a fixture, in memory.
+fn in_memory(name: &str) -> MemoryFiles {
+    let files =
+        fs::read_dir(fixture(name)).expect("fixture").map(|file| file.expect("file").path());
+    let named = |path: PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
+        (name, fs::read(path).expect("bytes"))
+    };
+    files.map(named).collect()
+}
+
+fn open_in_memory(files: MemoryFiles) -> deltallm::Result<Model> {
+    let files = files.into_iter().map(|(name, bytes)| (name, Bytes::from(bytes)));
+    let checkpoint = Checkpoint::from_memory("inside", files)?;
+    let options = ModelOptions { device: DeviceChoice::Cpu, ..ModelOptions::default() };
+    Model::open_checkpoint(checkpoint, &options, |_| ControlFlow::Continue(()))
+}
+
+/// One file and shards; float, packed and master weights.
+#[test]
+fn a_checkpoint_in_memory_is_the_one_on_disk() {
+    for name in common::LLAMAS.into_iter().chain(common::BITNETS) {
+        let options = ModelOptions { device: DeviceChoice::Cpu, ..ModelOptions::default() };
+        let (disk, memory) = (common::open(name, &options), open_in_memory(in_memory(name)));
+        let memory = memory.unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(memory.config(), disk.config(), "{name}");
+        let ids = disk.tokenizer().encode("Hello there").expect("ids");
+        assert_eq!(memory.tokenizer().encode("Hello there").expect("ids"), ids, "{name}");
+        let of = |model: &Model| logits(model, &ids, CacheFormat::F32);
+        assert_eq!(of(&memory), of(&disk), "{name}");
+    }
+}
+
+#[test]
+fn a_wrong_file_in_memory_is_named() {
+    let error = |change: &dyn Fn(&mut MemoryFiles)| {
+        let mut files = in_memory("llama-64");
+        change(&mut files);
+        open_in_memory(files).expect_err("a broken checkpoint was opened").to_string()
+    };
+    for file in ["config.json", "tokenizer.json"] {
+        let error = error(&|files| files.retain(|(name, _)| name != file));
+        assert!(error.starts_with(&format!("inside{MAIN_SEPARATOR}{file}")), "{error}");
+    }
+    let none = error(&|files| files.retain(|(name, _)| name != "model.safetensors"));
+    assert!(none.starts_with("inside: has neither model.safetensors nor"), "{none}");
+    for keep in [0, 5, 100, 10_000] {
+        let error = error(&|files| {
+            let found = files.iter_mut().find(|(name, _)| name == "model.safetensors");
+            found.expect("weights").1.truncate(keep);
+        });
+        assert!(error.contains("model.safetensors: is "), "{keep}: {error}");
+    }
 }

@@ -1,5 +1,5 @@
 //! The command line, as a newcomer, a script and an impatient user meet it.
-#![cfg(feature = "cli")]
+#![cfg(all(feature = "cli", feature = "demo"))]
 
 mod common;
 
@@ -45,10 +45,23 @@ fn ok(output: Output) -> Output {
 }
 
 #[test]
-fn without_a_model_a_made_up_one_runs_and_says_so() {
-    let output = ok(run(&["generate", "Anna put the red ball", "--device", "cpu", "-n", "8"]));
-    assert!(err(&output).contains("random weights"), "{}", err(&output));
-    assert!(!out(&output).trim().is_empty());
+fn without_a_model_the_one_inside_runs_and_says_so() {
+    let adapter = common::test_adapter();
+    for device in ["cpu", &adapter] {
+        let args = ["generate", "Anna put the red ball", "--device", device, "-n", "8"];
+        let output = ok(run(&[&args[..], &["--ignore-eos"]].concat()));
+        assert!(err(&output).contains(deltallm::demo::DESCRIPTION), "{}", err(&output));
+        assert!(!out(&output).trim().is_empty());
+    }
+    let output = ok(run(&["inspect"]));
+    for word in ["BitNetForCausalLM", "4.8 M", "packed ternary"] {
+        assert!(out(&output).contains(word), "{word}: {}", out(&output));
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    let (ids, logits) = (dir.path().join("ids"), dir.path().join("logits.safetensors"));
+    fs::write(&ids, "0 5 6").expect("written");
+    ok(run(&["logits", "--ids", path(&ids), "--out", path(&logits), "--device", "cpu"]));
+    assert!(logits.is_file());
 }
 
 #[test]
@@ -595,9 +608,10 @@ fn ctrl_c_stops_cleanly() {
     std::io::Read::read_exact(&mut stdout, &mut first).expect("text");
     let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
     assert!(kill.expect("kill").success());
-    let mut rest = String::new();
-    std::io::Read::read_to_string(&mut stdout, &mut rest).expect("UTF-8 to its end");
+    let mut text = first.to_vec();
+    std::io::Read::read_to_end(&mut stdout, &mut text).expect("text to its end");
+    let text = String::from_utf8(text).expect("UTF-8 to its end");
     let output = child.wait_with_output().expect("ends");
     assert_eq!(output.status.code(), Some(130), "{}", err(&output));
-    assert!(rest.ends_with('\n'));
+    assert!(text.ends_with('\n'));
 }

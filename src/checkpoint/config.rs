@@ -1,7 +1,6 @@
 //! `config.json` and `generation_config.json`: which architecture, and every number of it.
 
-use std::path::Path;
-
+use super::files::Files;
 use super::json::Object;
 use crate::error::Result;
 use crate::formats::{Activation, AttentionShape};
@@ -127,13 +126,13 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads the configuration of a model directory.
+    /// Reads the configuration of a checkpoint.
     ///
     /// # Errors
     /// Names the file and field that is missing, malformed or not supported.
-    pub fn read(dir: &Path) -> Result<Self> {
-        let config = Object::read(&dir.join("config.json"))?;
-        let generation = Object::read_optional(&dir.join("generation_config.json"))?;
+    pub(super) fn read(files: &Files) -> Result<Self> {
+        let config = Object::read(files, "config.json")?;
+        let generation = Object::read_optional(files, "generation_config.json")?;
         let mut parsed = Self::parse(&config)?;
         parsed.eos = config.token_ids("eos_token_id")?;
         if let Some(generation) = generation {
@@ -143,6 +142,20 @@ impl ModelConfig {
             }
         }
         Ok(parsed)
+    }
+
+    /// Weights of the model: those that the forward pass multiplies or adds, norms and embedding
+    /// included; scales of ternary matrices are not counted.
+    pub fn parameters(&self) -> u64 {
+        let (hidden, wide) = (self.hidden as u64, self.intermediate as u64);
+        let (q, kv) = (self.attention.width() as u64, self.attention.kv_width() as u64);
+        let sub_norms = match self.architecture {
+            Architecture::Llama => 0,
+            Architecture::BitNet => hidden + wide,
+        };
+        let layer = hidden * (2 * q + 2 * kv + 3 * wide) + 2 * hidden + sub_norms;
+        let tables = if self.tied_head == Some(true) { 1 } else { 2 };
+        self.layers as u64 * layer + hidden + tables * hidden * self.vocabulary as u64
     }
 
     fn parse(config: &Object) -> Result<Self> {

@@ -1,31 +1,14 @@
 //! JSON files whose fields are checked one by one, so that an error can name the field.
 
-use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use super::files::{Files, read_bounded};
 use crate::error::{Error, Result};
 
 /// No configuration of a real model comes near this; a larger file is not read.
 const MAX_BYTES: u64 = 16 << 20;
-
-/// The bytes of a regular file of at most `limit` bytes.
-pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let malformed = |message| Error::Malformed { path: path.to_owned(), message };
-    // A pipe would wait for a writer, which may never come.
-    if !fs::metadata(path).map_err(Error::io(path))?.is_file() {
-        return Err(malformed("is not a regular file".into()));
-    }
-    let file = fs::File::open(path).map_err(Error::io(path))?;
-    let mut bytes = Vec::new();
-    let length = file.take(limit + 1).read_to_end(&mut bytes).map_err(Error::io(path))?;
-    if length as u64 > limit {
-        return Err(malformed(format!("is larger than {limit} bytes")));
-    }
-    Ok(bytes)
-}
 
 /// A JSON object of a file, or of a field in it.
 #[derive(Clone, Debug)]
@@ -38,27 +21,28 @@ pub(crate) struct Object {
 
 impl Object {
     /// Reads a file that holds one JSON object.
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = read_bounded(path, MAX_BYTES)?;
-        let malformed = |message: String| Error::Malformed { path: path.to_owned(), message };
-        match serde_json::from_slice(&text) {
-            Ok(Value::Object(fields)) => {
-                Ok(Self { path: path.to_owned(), prefix: String::new(), fields })
-            }
-            Ok(_) => Err(malformed("is not a JSON object".into())),
-            Err(error) => Err(malformed(format!("is not valid JSON: {error}"))),
-        }
+    pub fn read(files: &Files, name: &str) -> Result<Self> {
+        Self::parse(files.path(name), &files.read(name, MAX_BYTES)?)
+    }
+
+    /// Reads a file that is not part of a checkpoint.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::parse(path.to_owned(), &read_bounded(path, MAX_BYTES)?)
     }
 
     /// Reads a file that need not be there.
-    pub fn read_optional(path: &Path) -> Result<Option<Self>> {
-        match Self::read(path) {
-            Ok(object) => Ok(Some(object)),
-            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
+    pub fn read_optional(files: &Files, name: &str) -> Result<Option<Self>> {
+        let text = files.read_optional(name, MAX_BYTES)?;
+        text.map(|text| Self::parse(files.path(name), &text)).transpose()
+    }
+
+    fn parse(path: PathBuf, text: &[u8]) -> Result<Self> {
+        let message = match serde_json::from_slice(text) {
+            Ok(Value::Object(fields)) => return Ok(Self { path, prefix: String::new(), fields }),
+            Ok(_) => "is not a JSON object".into(),
+            Err(error) => format!("is not valid JSON: {error}"),
+        };
+        Err(Error::Malformed { path, message })
     }
 
     /// The field's value; `None` where it is absent or null.

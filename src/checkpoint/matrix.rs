@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::formats::{MatrixFormat, Q8_BLOCK};
 
-/// Bytes of a tensor: mapped from a file, or owned. Cheap to clone.
+/// Bytes of a file or a tensor: mapped, owned, or in the program itself. Cheap to clone.
 ///
 /// Each tensor is mapped by itself, so that its pages leave the process's memory when the last
 /// user of the tensor is gone.
@@ -20,6 +20,35 @@ impl Bytes {
     /// Bytes that live in a file map.
     pub(crate) fn mapped(map: memmap2::Mmap) -> Self {
         Self(Arc::new(map))
+    }
+
+    /// The bytes in `range`, not copied.
+    ///
+    /// # Panics
+    /// If the range ends behind the bytes.
+    pub(crate) fn part(&self, range: Range<usize>) -> Self {
+        assert!(range.end <= self.len(), "{range:?} of {} bytes", self.len());
+        Self(Arc::new(Part { whole: self.clone(), range }))
+    }
+}
+
+/// Some of the bytes of a larger whole.
+struct Part {
+    whole: Bytes,
+    range: Range<usize>,
+}
+
+impl Deref for Part {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.whole[self.range.clone()]
+    }
+}
+
+impl From<&'static [u8]> for Bytes {
+    fn from(bytes: &'static [u8]) -> Self {
+        Self(Arc::new(bytes))
     }
 }
 

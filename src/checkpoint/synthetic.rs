@@ -1,7 +1,7 @@
 //! Checkpoints with random weights, in the exact layout of real ones.
 //!
-//! They serve where real weights cannot: to measure speed and memory at full size, to test odd
-//! shapes, and to try the program with nothing at hand. Their text is noise.
+//! They serve where real weights cannot: to measure speed and memory at full size, and to test odd
+//! shapes. Their text is noise.
 
 use std::borrow::Cow;
 use std::fs;

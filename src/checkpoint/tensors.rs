@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Mmap, MmapOptions};
 use rayon::prelude::*;
+use safetensors::tensor::Metadata;
 use safetensors::{Dtype, SafeTensors};
 
 use super::config::Ternary;
+use super::files::Files;
 use super::json::Object;
 use super::matrix::{Bytes, FloatType, MatrixSource};
 use crate::error::{Error, Result};
@@ -21,7 +23,14 @@ const INDEX: &str = "model.safetensors.index.json";
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
-    file: File,
+    data: Data,
+}
+
+/// What the tensors of a shard are read from.
+#[derive(Debug)]
+enum Data {
+    File(File),
+    Memory(Bytes),
 }
 
 /// Where a tensor lies, and as what.
@@ -47,23 +56,20 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    /// Reads the headers of a model directory.
+    /// Reads the headers of a checkpoint.
     ///
     /// # Errors
     /// Names the file that is missing, truncated or malformed.
-    pub fn open(dir: &Path) -> Result<Self> {
-        let single = dir.join(SINGLE);
-        let index = dir.join(INDEX);
+    pub(super) fn open(files: &Files) -> Result<Self> {
         let mut tensors = BTreeMap::new();
-        // A link that leads nowhere is reported as such, not passed over.
-        if single.symlink_metadata().is_ok() {
-            for (name, info) in read_shard(&single)? {
+        if files.contains(SINGLE) {
+            for (name, info) in read_shard(files, SINGLE)? {
                 tensors.insert(name, info);
             }
-            return Ok(Self { path: single, tensors, used: Mutex::default() });
+            return Ok(Self { path: files.path(SINGLE), tensors, used: Mutex::default() });
         }
-        let Some(index_file) = Object::read_optional(&index)? else {
-            return Err(no_weights(dir));
+        let Some(index_file) = Object::read_optional(files, INDEX)? else {
+            return Err(no_weights(files));
         };
         let map = index_file.required("weight_map", index_file.object("weight_map")?)?;
         let mut by_shard: BTreeMap<&str, Vec<&String>> = BTreeMap::new();
@@ -75,18 +81,17 @@ impl Tensors {
             by_shard.entry(shard).or_default().push(tensor);
         }
         for (shard, names) in by_shard {
-            let path = dir.join(shard);
-            let mut found = read_shard(&path)?;
+            let mut found = read_shard(files, shard)?;
             for name in names {
                 let info = found.remove(name).ok_or_else(|| Error::MissingTensor {
-                    path: path.clone(),
+                    path: files.path(shard),
                     tensor: name.clone(),
                     note: format!("{INDEX} says that it is in this shard"),
                 })?;
                 tensors.insert(name.clone(), info);
             }
         }
-        Ok(Self { path: dir.to_owned(), tensors, used: Mutex::default() })
+        Ok(Self { path: files.root().to_owned(), tensors, used: Mutex::default() })
     }
 
     /// The file, or the directory when there are several shards.
@@ -276,34 +281,33 @@ impl Tensors {
 }
 
 /// Reads the header of one safetensors file and checks it against the file's length.
-fn read_shard(path: &Path) -> Result<BTreeMap<String, TensorInfo>> {
-    let malformed = |message: String| Error::Malformed { path: path.to_owned(), message };
-    let file = File::open(path).map_err(Error::io(path))?;
-    let metadata = file.metadata().map_err(Error::io(path))?;
-    if !metadata.is_file() {
-        return Err(malformed("is not a regular file".into()));
-    }
-    let length = metadata.len();
-    if length == 0 {
-        return Err(malformed("is empty".into()));
-    }
-    // Only the header's pages are read; the map goes at the end of this function.
-    let whole = map_file(path, &file, 0, length as usize)?;
-    if whole.starts_with(b"version https://git-lfs") {
-        let message = "is a Git LFS pointer, not the weights: run `git lfs pull` in its directory";
-        return Err(malformed(message.into()));
-    }
-    let (header, metadata) = SafeTensors::read_metadata(&whole)
-        .map_err(|error| malformed(format!("is not a whole safetensors file: {error}")))?;
-    let shard = Arc::new(Shard { path: path.to_owned(), file });
-    let data = 8 + header as u64;
+fn read_shard(files: &Files, name: &str) -> Result<BTreeMap<String, TensorInfo>> {
+    let path = files.path(name);
+    let data = match files {
+        Files::Directory(_) => open_file(&path)?,
+        Files::Memory { .. } => Data::Memory(files.in_memory(name)?.clone()),
+    };
+    // Of a file only the header's pages are read; the map goes at the end of this function.
+    let whole = match &data {
+        Data::File(file) => {
+            let length = file.metadata().map_err(Error::io(&path))?.len();
+            Bytes::mapped(map_file(&path, file, 0, length as usize)?)
+        }
+        Data::Memory(bytes) => bytes.clone(),
+    };
+    let (header, metadata) = match read_header(&whole) {
+        Ok(found) => found,
+        Err(message) => return Err(Error::Malformed { path, message }),
+    };
+    let shard = Arc::new(Shard { path, data });
+    let begin = 8 + header as u64;
     let entry = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
         let (start, end) = info.data_offsets;
         let info = TensorInfo {
             shard: shard.clone(),
             dtype: info.dtype,
             shape: info.shape.clone(),
-            offset: data + start as u64,
+            offset: begin + start as u64,
             bytes: end - start,
         };
         (name, info)
@@ -311,9 +315,44 @@ fn read_shard(path: &Path) -> Result<BTreeMap<String, TensorInfo>> {
     Ok(metadata.tensors().into_iter().map(entry).collect())
 }
 
+/// A regular file that is not empty: such a one alone can be mapped.
+fn open_file(path: &Path) -> Result<Data> {
+    let malformed =
+        |message: &str| Error::Malformed { path: path.to_owned(), message: message.into() };
+    let file = File::open(path).map_err(Error::io(path))?;
+    let metadata = file.metadata().map_err(Error::io(path))?;
+    if !metadata.is_file() {
+        return Err(malformed("is not a regular file"));
+    }
+    if metadata.len() == 0 {
+        return Err(malformed("is empty"));
+    }
+    Ok(Data::File(file))
+}
+
+/// The length of the header and what it says, or what is wrong with the file.
+fn read_header(whole: &[u8]) -> Result<(usize, Metadata), String> {
+    if whole.is_empty() {
+        return Err("is empty".into());
+    }
+    if whole.starts_with(b"version https://git-lfs") {
+        let message = "is a Git LFS pointer, not the weights: run `git lfs pull` in its directory";
+        return Err(message.into());
+    }
+    SafeTensors::read_metadata(whole)
+        .map_err(|error| format!("is not a whole safetensors file: {error}"))
+}
+
 fn map(info: &TensorInfo) -> Result<Bytes> {
-    let Shard { path, file } = &*info.shard;
-    map_file(path, file, info.offset, info.bytes).map(Bytes::mapped)
+    let Shard { path, data } = &*info.shard;
+    match data {
+        Data::File(file) => map_file(path, file, info.offset, info.bytes).map(Bytes::mapped),
+        Data::Memory(whole) => {
+            let start = info.offset as usize;
+            // The header was checked against the length.
+            Ok(whole.part(start..start + info.bytes))
+        }
+    }
 }
 
 fn map_file(path: &Path, file: &File, offset: u64, length: usize) -> Result<Mmap> {
@@ -329,12 +368,11 @@ fn is_plain_name(name: &str) -> bool {
 }
 
 /// There is no weight file that we read: say what there is instead.
-fn no_weights(dir: &Path) -> Error {
-    let old = dir.join("pytorch_model.bin");
-    let message = if old.exists() {
+fn no_weights(files: &Files) -> Error {
+    let message = if files.contains("pytorch_model.bin") {
         format!("has pytorch_model.bin, but neither {SINGLE} nor {INDEX}: save it as safetensors")
     } else {
         format!("has neither {SINGLE} nor {INDEX}")
     };
-    Error::Malformed { path: dir.to_owned(), message }
+    Error::Malformed { path: files.root().to_owned(), message }
 }

@@ -91,7 +91,7 @@ impl PolicyFile {
     /// # Errors
     /// Names the file and the field.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        let object = Object::read(path.as_ref())?;
+        let object = Object::open(path.as_ref())?;
         only(&object, &["format", "version", "policy", "thresholds", "calibration"])?;
         let format = object.required("format", object.text("format")?)?;
         if format != FORMAT {

@@ -19,7 +19,7 @@ pub use device::DeviceChoice;
 pub use memory::{MemoryUse, plan_memory};
 
 use crate::backend::{Backend, DeviceInfo};
-use crate::checkpoint::{Checkpoint, ModelConfig};
+use crate::checkpoint::{Checkpoint, Files, ModelConfig};
 use crate::cpu::Cpu;
 use crate::delta::{AttentionPolicy, CacheImage, Page, Phase, Thresholds};
 use crate::error::{Error, Result};
@@ -68,6 +68,9 @@ pub struct Model {
     engine: Arc<dyn Engine>,
     config: Arc<ModelConfig>,
     tokenizer: Arc<Tokenizer>,
+    /// The checkpoint's, for what is read on demand.
+    #[cfg_attr(not(feature = "chat"), expect(dead_code, reason = "templates alone are"))]
+    files: Files,
     fallback: Option<Arc<str>>,
     load_time: Duration,
 }
@@ -86,10 +89,21 @@ impl Model {
     pub fn open_with_progress(
         dir: impl AsRef<Path>,
         options: &ModelOptions,
+        progress: impl FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Result<Self> {
+        Self::open_checkpoint(Checkpoint::open(dir)?, options, progress)
+    }
+
+    /// [`Model::open_with_progress`] of a checkpoint that is open already, or in memory.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open_checkpoint(
+        checkpoint: Checkpoint,
+        options: &ModelOptions,
         mut progress: impl FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<Self> {
         let start = Instant::now();
-        let checkpoint = Checkpoint::open(dir)?;
         let tokenizer = Tokenizer::open(&checkpoint)?;
         let weights = options.weights;
         let mut fallback = None;
@@ -122,6 +136,7 @@ impl Model {
             engine,
             config: Arc::new(checkpoint.config),
             tokenizer: Arc::new(tokenizer),
+            files: checkpoint.files,
             fallback: fallback.map(Into::into),
             load_time: start.elapsed(),
         })
@@ -155,6 +170,11 @@ impl Model {
     /// Bytes of the weights on the device.
     pub fn weight_bytes(&self) -> u64 {
         self.engine.weight_bytes()
+    }
+
+    #[cfg(feature = "chat")]
+    pub(crate) fn files(&self) -> &Files {
+        &self.files
     }
 
     pub(crate) fn engine(&self) -> &Arc<dyn Engine> {

@@ -1,19 +1,19 @@
-//! The options of every command that runs a model: which, and on which device.
+//! The options that commands share: which model, on which device, and how tokens are chosen.
 
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use deltallm::checkpoint::synthetic::Synthetic;
+use deltallm::checkpoint::Checkpoint;
 use deltallm::model::WeightFormat;
-use deltallm::{Cancel, DeviceChoice, Error, Model, ModelOptions};
+use deltallm::{Cancel, DeviceChoice, Error, Model, ModelOptions, Sampling};
 
-use crate::output::{load_bar, say};
+use crate::output::{Failure, load_bar, parameters, say};
 
 /// Which model, on which device.
 #[derive(Args)]
 pub struct ModelArgs {
     /// Model directory: config.json, model.safetensors (or an index and shards), tokenizer.json.
-    /// Without it a tiny model with random weights runs, whose text is noise
+    /// Without it the model inside this program runs
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
 
@@ -56,35 +56,60 @@ impl From<Weights> for WeightFormat {
     }
 }
 
-/// An open model, with the directory that it was made in if it was made up.
+/// An open model.
 pub struct OpenModel {
     pub model: Model,
-    /// What was opened, for people.
+    /// What was opened, for scripts: the directory, or `embedded`.
     pub name: String,
-    /// Removed when the model is.
-    _made_up: Option<tempfile::TempDir>,
+    /// What it is, for people.
+    pub about: String,
 }
 
 impl ModelArgs {
     /// Opens the model with a progress bar, and says on standard error what the user did not ask
-    /// for: made-up weights, or the CPU.
-    pub fn open(&self, cancel: &Cancel) -> Result<OpenModel, Error> {
-        let (dir, made_up) = match &self.model {
-            Some(dir) => (dir.clone(), None),
-            None => {
-                let made_up = make_up()?;
-                say!("no --model: running a tiny model with random weights; its text is noise");
-                (made_up.path().to_owned(), Some(made_up))
+    /// for: the model inside, or the CPU.
+    pub fn open(&self, cancel: &Cancel) -> Result<OpenModel, Failure> {
+        let opened = self.open_quietly(cancel)?;
+        if self.model.is_none() {
+            say!("no --model: running {}", opened.about);
+        }
+        Ok(opened)
+    }
+
+    /// [`ModelArgs::open`] for a command that says what the model is itself.
+    pub fn open_quietly(&self, cancel: &Cancel) -> Result<OpenModel, Failure> {
+        let checkpoint = open_checkpoint(self.model.as_deref())?;
+        let name = checkpoint.path().display().to_string();
+        let model = self.device.open(checkpoint, cancel)?;
+        let about = match &self.model {
+            Some(_) => {
+                let config = model.config();
+                let size = parameters(config.parameters());
+                format!("{name}, a {} of {size} parameters", config.architecture.name())
             }
+            None => EMBEDDED.to_owned(),
         };
-        let model = self.device.open(&dir, cancel)?;
-        let name = match self.model {
-            Some(_) => dir.display().to_string(),
-            None => "random weights".to_owned(),
-        };
-        // On Unix what is mapped outlives its name: nothing is left behind, however the program ends.
-        let made_up = made_up.filter(|_| !cfg!(unix));
-        Ok(OpenModel { model, name, _made_up: made_up })
+        Ok(OpenModel { model, name, about })
+    }
+}
+
+#[cfg(feature = "demo")]
+const EMBEDDED: &str = deltallm::demo::DESCRIPTION;
+#[cfg(not(feature = "demo"))]
+const EMBEDDED: &str = "";
+
+/// The checkpoint in `dir`, or the one inside this program.
+pub fn open_checkpoint(dir: Option<&Path>) -> Result<Checkpoint, Failure> {
+    match dir {
+        Some(dir) => Ok(Checkpoint::open(dir)?),
+        #[cfg(feature = "demo")]
+        None => Ok(Checkpoint::embedded()?),
+        #[cfg(not(feature = "demo"))]
+        None => Err(Failure::Usage(
+            "no model was given, and this program was built without the feature `demo`, which has \
+             one inside: name the directory of a model"
+                .to_owned(),
+        )),
     }
 }
 
@@ -103,16 +128,16 @@ impl DeviceArgs {
         }
     }
 
-    /// Opens the model in `dir` with a progress bar, and says so where it runs on the CPU although
+    /// Brings a model to the device with a progress bar, and says so where it runs on the CPU although
     /// that was not asked for.
-    pub fn open(&self, dir: &Path, cancel: &Cancel) -> Result<Model, Error> {
+    pub fn open(&self, checkpoint: Checkpoint, cancel: &Cancel) -> Result<Model, Error> {
         let options = ModelOptions {
             device: self.device.clone().unwrap_or_default(),
             weights: self.weights.into(),
             threads: self.threads,
             ..ModelOptions::default()
         };
-        let model = Model::open_with_progress(dir, &options, load_bar(cancel))?;
+        let model = Model::open_checkpoint(checkpoint, &options, load_bar(cancel))?;
         if let Some(reason) = model.fallback() {
             say!("{reason}: using the CPU ({})", model.device().driver);
         }
@@ -120,14 +145,55 @@ impl DeviceArgs {
     }
 }
 
-fn make_up() -> Result<tempfile::TempDir, Error> {
-    let parent = std::env::temp_dir();
-    let dir = tempfile::Builder::new()
-        .prefix("deltallm-")
-        .tempdir_in(&parent)
-        .map_err(|source| Error::Io { path: parent, source })?;
-    if let Some(tiny) = Synthetic::named("tiny") {
-        tiny.write(dir.path())?;
+/// How tokens are chosen.
+#[derive(Args)]
+pub struct SamplingArgs {
+    /// Randomness: 0 always takes the likeliest token [default: 0, or 1 with another sampling option]
+    #[arg(short, long)]
+    temperature: Option<f32>,
+
+    /// Draw from the K likeliest tokens; 0 from all [default: 40]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+
+    /// Draw from the fewest tokens whose probabilities reach P [default: 0.95]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+
+    /// Draw from tokens at least P times as likely as the likeliest [default: 0]
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+
+    /// Make tokens that were there already less likely; 1 does nothing
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    repetition_penalty: f32,
+
+    /// The same seed gives the same text on the same device with the same number of threads
+    /// [default: 0]
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// Greedy, unless an option that only matters to drawing is given.
+    ///
+    /// # Errors
+    /// A value out of its range.
+    pub fn sampling(&self) -> Result<Sampling, Error> {
+        let drawing = self.top_k.is_some()
+            || self.top_p.is_some()
+            || self.min_p.is_some()
+            || self.seed.is_some();
+        let default = Sampling::default();
+        let sampling = Sampling {
+            temperature: self.temperature.unwrap_or(if drawing { 1.0 } else { 0.0 }),
+            top_k: self.top_k.unwrap_or(default.top_k),
+            top_p: self.top_p.unwrap_or(default.top_p),
+            min_p: self.min_p.unwrap_or(default.min_p),
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed.unwrap_or(default.seed),
+        };
+        sampling.check()?;
+        Ok(sampling)
     }
-    Ok(dir)
 }

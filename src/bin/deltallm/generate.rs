@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use deltallm::model::MemoryUse;
 use deltallm::{
-    Cancel, DEFAULT_CONTEXT, Error, FinishReason, GenerateOptions, Model, Sampling, Session,
-    SessionOptions, Timings,
+    Cancel, DEFAULT_CONTEXT, Error, FinishReason, GenerateOptions, Model, Session, SessionOptions,
+    Timings,
 };
 use serde_json::json;
 
-use crate::args::ModelArgs;
+use crate::args::{ModelArgs, SamplingArgs};
 use crate::attention_args::{Attention, AttentionArgs, OPTIONS};
 use crate::cache_report;
 use crate::output::{Failure, Outcome, bytes, say, stop_on_interrupt, tokens};
@@ -48,30 +48,8 @@ pub struct Args {
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
     max_tokens: usize,
 
-    /// Randomness: 0 always takes the likeliest token [default: 0, or 1 with another sampling option]
-    #[arg(short, long)]
-    temperature: Option<f32>,
-
-    /// Draw from the K likeliest tokens; 0 from all [default: 40]
-    #[arg(long, value_name = "K")]
-    top_k: Option<usize>,
-
-    /// Draw from the fewest tokens whose probabilities reach P [default: 0.95]
-    #[arg(long, value_name = "P")]
-    top_p: Option<f32>,
-
-    /// Draw from tokens at least P times as likely as the likeliest [default: 0]
-    #[arg(long, value_name = "P")]
-    min_p: Option<f32>,
-
-    /// Make tokens that were there already less likely; 1 does nothing
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
-    repetition_penalty: f32,
-
-    /// The same seed gives the same text on the same device with the same number of threads
-    /// [default: 0]
-    #[arg(long)]
-    seed: Option<u64>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
 
     /// Stop before this text comes up; may be given more than once
     #[arg(long, value_name = "TEXT")]
@@ -101,8 +79,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
-    let sampling = args.sampling();
-    sampling.check()?;
+    let sampling = args.sampling.sampling()?;
     let Attention { policy, thresholds } = args.attention.policy()?;
     args.check_save()?;
     let prompt = args.prompt()?;
@@ -219,23 +196,6 @@ pub fn run(args: &Args) -> Outcome {
 }
 
 impl Args {
-    /// Greedy, unless an option that only matters to drawing is given.
-    fn sampling(&self) -> Sampling {
-        let drawing = self.top_k.is_some()
-            || self.top_p.is_some()
-            || self.min_p.is_some()
-            || self.seed.is_some();
-        let default = Sampling::default();
-        Sampling {
-            temperature: self.temperature.unwrap_or(if drawing { 1.0 } else { 0.0 }),
-            top_k: self.top_k.unwrap_or(default.top_k),
-            top_p: self.top_p.unwrap_or(default.top_p),
-            min_p: self.min_p.unwrap_or(default.min_p),
-            repetition_penalty: self.repetition_penalty,
-            seed: self.seed.unwrap_or(default.seed),
-        }
-    }
-
     /// Says why a text that was loaded does not grow.
     fn explain_full(&self) {
         if self.load.is_some() {
@@ -283,7 +243,8 @@ impl Args {
     }
 }
 
-fn describe(model: &Model) -> serde_json::Value {
+/// The device that a model runs on, for scripts.
+pub fn describe(model: &Model) -> serde_json::Value {
     let device = model.device();
     json!({
         "name": device.name,

@@ -5,21 +5,21 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use deltallm::checkpoint::{Checkpoint, ModelConfig, Ternary};
+use deltallm::checkpoint::{ModelConfig, Ternary};
 use deltallm::delta::KeyFormat;
 use deltallm::model::plan_memory;
 use deltallm::{DEFAULT_CONTEXT, check_context};
 
-use crate::args::DeviceArgs;
+use crate::args::{DeviceArgs, open_checkpoint};
 use crate::attention_args::AttentionArgs;
 use crate::inspect_attention::{self, PromptArgs};
-use crate::output::{Outcome, bytes};
+use crate::output::{Outcome, bytes, parameters};
 
 /// Options of `inspect`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Model directory
-    dir: PathBuf,
+    /// Model directory [default: the model inside this program]
+    dir: Option<PathBuf>,
 
     /// Context length to count memory for [default: 4096, or the model's limit]; with --prompt, tokens
     /// that the text may have
@@ -45,7 +45,7 @@ pub fn run(args: &Args) -> Outcome {
     if let Some(prompt) = &args.prompt.prompt {
         let attention = args.attention.prompt_policy()?;
         return inspect_attention::run(
-            &args.dir,
+            args.dir.as_deref(),
             &args.device,
             &attention,
             prompt,
@@ -56,7 +56,7 @@ pub fn run(args: &Args) -> Outcome {
     let attention = args.attention.policy()?;
     let policy = attention.policy;
     args.device.refuse("needs --prompt: without it no device is opened")?;
-    let checkpoint = Checkpoint::open(&args.dir)?;
+    let checkpoint = open_checkpoint(args.dir.as_deref())?;
     let mut out = io::stdout().lock();
     let config = &checkpoint.config;
     attention.check(config)?;
@@ -105,6 +105,7 @@ pub fn run(args: &Args) -> Outcome {
 fn architecture(out: &mut impl Write, config: &ModelConfig) -> io::Result<()> {
     let a = &config.attention;
     writeln!(out, "architecture   {}", config.architecture.name())?;
+    writeln!(out, "parameters     {}", parameters(config.parameters()))?;
     writeln!(out, "layers         {}", config.layers)?;
     writeln!(out, "hidden         {}", config.hidden)?;
     writeln!(out, "intermediate   {}, {:?}", config.intermediate, config.activation)?;

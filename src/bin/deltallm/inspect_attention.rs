@@ -11,7 +11,7 @@ use deltallm::delta::{
 };
 use deltallm::{Cancel, Error, check_context};
 
-use crate::args::DeviceArgs;
+use crate::args::{DeviceArgs, open_checkpoint};
 use crate::attention_args::Attention;
 use crate::cache_report::percent;
 use crate::heat_map::{Axis, AxisKind, HeatMap, Outline, Scale};
@@ -63,7 +63,7 @@ struct Inspected<'a> {
 
 /// Runs the prompt and writes everything.
 pub fn run(
-    dir: &Path,
+    dir: Option<&Path>,
     device: &DeviceArgs,
     attention: &Attention,
     prompt: &Path,
@@ -74,7 +74,7 @@ pub fn run(
     let text = fs::read_to_string(prompt).map_err(io_error(prompt))?;
     let cancel = Cancel::default();
     stop_on_interrupt(cancel.clone());
-    let model = device.open(dir, &cancel)?;
+    let model = device.open(open_checkpoint(dir)?, &cancel)?;
     let config = model.config();
     attention.check(config)?;
     in_range("layer", args.layer, config.layers)?;

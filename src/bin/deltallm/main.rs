@@ -4,6 +4,7 @@ mod args;
 mod attention_args;
 mod cache_report;
 mod calibrate;
+mod chat;
 mod devices;
 mod eval;
 mod generate;
@@ -30,6 +31,8 @@ struct Cli {
 enum Command {
     /// Continue a text, printed as it comes
     Generate(generate::Args),
+    /// Talk with a model, in the terminal or line by line from a script
+    Chat(chat::Args),
     /// List the GPUs with driver, limits and abilities, and say which would be chosen
     Devices(devices::Args),
     /// Show a model directory: architecture, tensors, and the memory that a context needs; with
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
     env_logger::Builder::from_env(filter).init();
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Devices(args) => devices::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Eval(args) => eval::run(&args),

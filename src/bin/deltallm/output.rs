@@ -3,6 +3,8 @@
 use std::io::{self, IsTerminal};
 use std::ops::ControlFlow;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use deltallm::model::LoadProgress;
 use deltallm::{Cancel, Error};
@@ -22,6 +24,8 @@ pub(crate) use say;
 pub enum Failure {
     /// A fault, to be printed.
     Error(Error),
+    /// A command that cannot be run as it was given.
+    Usage(String),
     /// Standard output could not be written.
     Output(io::Error),
     /// Ctrl-C.
@@ -62,6 +66,10 @@ pub fn exit(outcome: Outcome) -> ExitCode {
             say!("error: {error}");
             ExitCode::FAILURE
         }
+        Err(Failure::Usage(message)) => {
+            say!("error: {message}");
+            ExitCode::FAILURE
+        }
         Err(Failure::Interrupted) => {
             say!("interrupted");
             ExitCode::from(130)
@@ -71,7 +79,16 @@ pub fn exit(outcome: Outcome) -> ExitCode {
 
 /// Makes Ctrl-C stop what runs between two steps; a second one ends the program at once.
 pub fn stop_on_interrupt(cancel: Cancel) {
+    stop_or_leave_on_interrupt(cancel, Arc::default());
+}
+
+/// The same; while the program waits for its user, Ctrl-C ends it at once.
+pub fn stop_or_leave_on_interrupt(cancel: Cancel, waiting: Arc<AtomicBool>) {
     let handler = move || {
+        if waiting.load(Ordering::Relaxed) {
+            say!("");
+            std::process::exit(130);
+        }
         if cancel.is_cancelled() {
             std::process::exit(130);
         }
@@ -138,5 +155,15 @@ pub fn bytes(n: u64) -> String {
         1_000..1_000_000 => format!("{:.1} kB", x / 1e3),
         1_000_000..1_000_000_000 => format!("{:.1} MB", x / 1e6),
         _ => format!("{:.2} GB", x / 1e9),
+    }
+}
+
+/// A number of parameters, as models are called after it.
+pub fn parameters(n: u64) -> String {
+    let x = n as f64;
+    match n {
+        0..1_000_000 => format!("{:.0} K", x / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} M", x / 1e6),
+        _ => format!("{:.2} B", x / 1e9),
     }
 }
