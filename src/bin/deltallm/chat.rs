@@ -1,4 +1,4 @@
-//! `deltallm chat`: talk with a model.
+//! `deltallm chat`: talk with a model in the template of its own, in a terminal or from a script.
 
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::PathBuf;
@@ -22,10 +22,7 @@ const HELP: &str = "\
 /help   show this
 /exit   leave, as Ctrl-D does; Ctrl-C stops a reply, and leaves where there is none";
 
-/// Talk with a model in the template of its own.
-///
-/// In a terminal: type, and read the answer; `/help` shows the commands. From a script: each line
-/// of standard input is a turn, and nothing but the replies goes to standard output.
+/// Options of `chat`.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]

@@ -31,7 +31,10 @@ struct Cli {
 enum Command {
     /// Continue a text, printed as it comes
     Generate(generate::Args),
-    /// Talk with a model, in the terminal or line by line from a script
+    /// Talk with a model, in a terminal or line by line from a script
+    ///
+    /// In a terminal: type, and read the answer; `/help` shows the commands. From a script: each line
+    /// of standard input is a turn, and nothing but the replies goes to standard output.
     Chat(chat::Args),
     /// List the GPUs with driver, limits and abilities, and say which would be chosen
     Devices(devices::Args),
