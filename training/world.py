@@ -803,7 +803,15 @@ def main() -> None:
     evaluate.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1000])
     evaluate.add_argument("-n", type=int, default=300, help="rows in a file")
     evaluate.add_argument("--seed", type=int, default=0)
+    text = commands.add_parser("text", help="print held-out stories, one after the other")
+    text.add_argument("-n", type=int, default=20, help="how many")
+    text.add_argument("--tokens", type=int, default=1000)
+    text.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
+    if args.command == "text":
+        for row in texts(args.seed, args.n, args.tokens):
+            print(row["text"], end="\n\n")
+        return
     if args.command == "show":
         for i in range(args.n):
             print(document(random.Random(args.seed + i), args.tokens, args.kind).text, end="\n\n")
