@@ -24,7 +24,7 @@ const SENSITIVITY_SEGMENTS: usize = 4;
 /// What a layer's error costs at least, of what that of the median layer does.
 const LEAST_COST: f64 = 0.25;
 /// Queries of a segment at which attention is compared, at most.
-const QUERIES: usize = 48;
+const QUERIES: usize = 128;
 /// Runs of the model that look for a budget of KL or perplexity.
 const SEARCH: usize = 9;
 /// Runs that make up for what keys of a compressed run differ by from those of a dense one.
