@@ -19,8 +19,12 @@ const GRID: [f32; 33] = [
 ];
 /// Where in the grid lies the threshold that tells what a layer's error costs the model.
 const PROBED: usize = 20;
+/// Segments that it is told from, at most.
+const SENSITIVITY_SEGMENTS: usize = 4;
+/// What a layer's error costs at least, of what that of the median layer does.
+const LEAST_COST: f64 = 0.25;
 /// Queries of a segment at which attention is compared, at most.
-const QUERIES: usize = 48;
+const QUERIES: usize = 128;
 /// Runs of the model that look for a budget of KL or perplexity.
 const SEARCH: usize = 9;
 /// Runs that make up for what keys of a compressed run differ by from those of a dense one.
@@ -371,21 +375,28 @@ impl Search<'_> {
     /// one layer are larger than in the others, over the error that they make there. Heads of a
     /// layer count alike: their outputs are added up.
     ///
-    /// One segment tells it roughly. Where noise hides it, a layer counts like the least of those
-    /// that show, so that none is taken to cost nothing.
+    /// Few segments tell it roughly, and small errors do not foretell large ones: no layer counts
+    /// less than a part of the median one, so that none is taken to cost next to nothing.
     fn sensitivities(&self, progress: &mut impl FnMut(CalibrationProgress)) -> Result<Vec<f64>> {
         let layers = self.curves.len() / self.heads;
-        let ids = self.text.fitting.first().ok_or(Error::EmptyPrompt)?;
+        let segments = &self.text.fitting[..self.text.fitting.len().min(SENSITIVITY_SEGMENTS)];
+        let total = 2 * (layers + 1) * segments.len();
+        let mut done = 0;
         let theta = |at: usize, layer: usize| {
             let point = if at / self.heads == layer { PROBED } else { 0 };
             self.curves[at].points[point].theta
         };
-        let run = |layer: usize| {
+        let mut run = |layer: usize| {
             let thetas: Vec<f32> = (0..self.curves.len()).map(|at| theta(at, layer)).collect();
             let rows = thetas.chunks(self.heads).map(<[f32]>::to_vec).collect();
             let other = self.options(*self.policy, Some(Thresholds::new(rows)?));
-            let found = divergence(self.model, ids, &self.dense(), &other, self.cancel)?;
-            Ok(found.kl)
+            let mut kl = 0.0;
+            for ids in segments {
+                kl += divergence(self.model, ids, &self.dense(), &other, self.cancel)?.kl;
+                done += 2;
+                progress(CalibrationProgress { things: "runs", done, total });
+            }
+            Ok(kl)
         };
         // Beyond the last layer: none of them.
         let least: f64 = run(layers)?;
@@ -395,13 +406,11 @@ impl Search<'_> {
             let error: f64 =
                 of_layer.iter().map(|c| c.points[PROBED].error - c.points[0].error).sum();
             let cost = (run(layer)? - least) / error;
-            costs.push(if error > 0.0 && cost.is_finite() { cost } else { 0.0 });
-            let (done, total) = (2 * (layer + 2), 2 * (layers + 1));
-            progress(CalibrationProgress { things: "runs", done, total });
+            costs.push(if error > 0.0 && cost.is_finite() { cost.max(0.0) } else { 0.0 });
         }
-        let shown = costs.iter().copied().filter(|cost| *cost > 0.0);
-        let least = shown.fold(f64::INFINITY, f64::min);
-        let floor = if least.is_finite() { least } else { 1.0 };
+        let mut shown: Vec<f64> = costs.iter().copied().filter(|cost| *cost > 0.0).collect();
+        shown.sort_by(f64::total_cmp);
+        let floor = shown.get(shown.len() / 2).map_or(1.0, |median| LEAST_COST * median);
         let weights = costs.iter().map(|cost| cost.max(floor));
         Ok(weights.flat_map(|cost| vec![cost; self.heads]).collect())
     }
