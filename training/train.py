@@ -391,7 +391,8 @@ def write(folder: Path, model: Model, tokenizer: Tokenizer, quantization: dict |
         if quantization["quantization_mode"] == "offline":
             tensors = packed(tensors)
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": [1, 2]})
+    generation = {"bos_token_id": 0, "eos_token_id": [1, 2], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    write_json(folder / "generation_config.json", generation)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(
         folder / "tokenizer_config.json",

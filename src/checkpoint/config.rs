@@ -2,8 +2,9 @@
 
 use super::files::Files;
 use super::json::Object;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::{Activation, AttentionShape};
+use crate::sampler::Sampling;
 
 /// The decoder families that the forward pass knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -123,6 +124,8 @@ pub struct ModelConfig {
     pub ternary: Option<Ternary>,
     /// Tokens that end a text: those of `generation_config.json`, else those of `config.json`.
     pub eos: Vec<u32>,
+    /// How `generation_config.json` recommends to choose tokens; greedily where it does not say.
+    pub sampling: Sampling,
 }
 
 impl ModelConfig {
@@ -140,6 +143,7 @@ impl ModelConfig {
             if !eos.is_empty() {
                 parsed.eos = eos;
             }
+            parsed.sampling = recommended(&generation)?;
         }
         Ok(parsed)
     }
@@ -196,6 +200,7 @@ impl ModelConfig {
             tied_head: config.flag("tie_word_embeddings")?,
             ternary: ternary(config, architecture)?,
             eos: Vec::new(),
+            sampling: Sampling::default(),
         })
     }
 }
@@ -259,6 +264,26 @@ fn attention(config: &Object, arch: Architecture, hidden: usize) -> Result<Atten
         return Err(config.error("head_dim", message));
     }
     Ok(AttentionShape { heads, kv_heads, head_dim })
+}
+
+/// The sampling that `generation_config.json` recommends. What it leaves out is as in transformers:
+/// 50 candidates, temperature 1.
+fn recommended(generation: &Object) -> Result<Sampling> {
+    let number = |field| Ok::<_, Error>(generation.number(field)?.map(|x| x as f32));
+    let mut sampling = Sampling::default();
+    sampling.repetition_penalty = number("repetition_penalty")?.unwrap_or(1.0);
+    if generation.flag("do_sample")? == Some(true) {
+        sampling.temperature = number("temperature")?.unwrap_or(1.0);
+        sampling.top_k = generation.number("top_k")?.map_or(50, |k| k.max(0.0) as usize);
+        sampling.top_p = number("top_p")?.unwrap_or(1.0);
+        sampling.min_p = number("min_p")?.unwrap_or(0.0);
+    }
+    match sampling.check() {
+        Err(Error::Parameter { name, value, allowed }) => {
+            Err(generation.error(name, format!("is {value}: {allowed}")))
+        }
+        checked => checked.map(|()| sampling),
+    }
 }
 
 /// Both spellings: `rope_theta` beside `rope_scaling`, and `rope_parameters` with all of it.

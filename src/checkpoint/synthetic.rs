@@ -15,6 +15,7 @@ use super::config::{Architecture, Llama3Scaling, ModelConfig, RopeConfig, Ternar
 use super::matrix::FloatType;
 use crate::error::{Error, Result};
 use crate::formats::{Activation, AttentionShape};
+use crate::sampler::Sampling;
 
 /// A checkpoint to be made.
 #[derive(Clone, Debug)]
@@ -169,6 +170,7 @@ fn bitnet(
         tied_head: Some(true),
         ternary: Some(Ternary::PackedMultiply),
         eos: vec![vocabulary as u32 - 1],
+        sampling: Sampling::default(),
     }
 }
 

@@ -148,25 +148,27 @@ impl DeviceArgs {
 /// How tokens are chosen.
 #[derive(Args)]
 pub struct SamplingArgs {
-    /// Randomness: 0 always takes the likeliest token [default: 0, or 1 with another sampling option]
+    /// Randomness: 0 always takes the likeliest token [default: what the model's
+    /// generation_config.json recommends, else 0, or 1 with another sampling option]
     #[arg(short, long)]
     temperature: Option<f32>,
 
-    /// Draw from the K likeliest tokens; 0 from all [default: 40]
+    /// Draw from the K likeliest tokens; 0 from all [default: as recommended, else 40]
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
 
-    /// Draw from the fewest tokens whose probabilities reach P [default: 0.95]
+    /// Draw from the fewest tokens whose probabilities reach P [default: as recommended, else 0.95]
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
 
-    /// Draw from tokens at least P times as likely as the likeliest [default: 0]
+    /// Draw from tokens at least P times as likely as the likeliest [default: as recommended, else 0]
     #[arg(long, value_name = "P")]
     min_p: Option<f32>,
 
-    /// Make tokens that were there already less likely; 1 does nothing
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
-    repetition_penalty: f32,
+    /// Make tokens that were there already less likely; 1 does nothing [default: as recommended, else
+    /// 1]
+    #[arg(long, value_name = "R")]
+    repetition_penalty: Option<f32>,
 
     /// The same seed gives the same text on the same device with the same number of threads
     /// [default: 0]
@@ -175,23 +177,35 @@ pub struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    /// Greedy, unless an option that only matters to drawing is given.
+    /// Refuses values out of range, before a model is opened.
+    ///
+    /// # Errors
+    /// Names the option and its range.
+    pub fn check(&self) -> Result<(), Error> {
+        self.sampling(&Sampling::default()).map(drop)
+    }
+
+    /// As the model recommends, but for what is given; an option that only matters to drawing makes
+    /// it draw.
     ///
     /// # Errors
     /// A value out of its range.
-    pub fn sampling(&self) -> Result<Sampling, Error> {
+    pub fn sampling(&self, recommended: &Sampling) -> Result<Sampling, Error> {
         let drawing = self.top_k.is_some()
             || self.top_p.is_some()
             || self.min_p.is_some()
             || self.seed.is_some();
-        let default = Sampling::default();
+        let temperature = match recommended.temperature {
+            0.0 if drawing => 1.0,
+            temperature => temperature,
+        };
         let sampling = Sampling {
-            temperature: self.temperature.unwrap_or(if drawing { 1.0 } else { 0.0 }),
-            top_k: self.top_k.unwrap_or(default.top_k),
-            top_p: self.top_p.unwrap_or(default.top_p),
-            min_p: self.min_p.unwrap_or(default.min_p),
-            repetition_penalty: self.repetition_penalty,
-            seed: self.seed.unwrap_or(default.seed),
+            temperature: self.temperature.unwrap_or(temperature),
+            top_k: self.top_k.unwrap_or(recommended.top_k),
+            top_p: self.top_p.unwrap_or(recommended.top_p),
+            min_p: self.min_p.unwrap_or(recommended.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(recommended.repetition_penalty),
+            seed: self.seed.unwrap_or(recommended.seed),
         };
         sampling.check()?;
         Ok(sampling)

@@ -54,7 +54,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
-    let sampling = args.sampling.sampling()?;
+    args.sampling.check()?;
     let Attention { policy, thresholds } = args.attention.policy()?;
     let cancel = Cancel::default();
     let waiting = Arc::new(AtomicBool::new(false));
@@ -77,6 +77,7 @@ pub fn run(args: &Args) -> Outcome {
             device.backend
         );
     }
+    let sampling = args.sampling.sampling(&opened.model.config().sampling)?;
     let options = GenerateOptions { sampling, max_tokens: args.max_tokens, ..Default::default() };
     let mut chat = Chat { conversation, options, opened, cancel, terminal, json: args.json };
     while let Some(line) = next_line(terminal, &waiting)? {

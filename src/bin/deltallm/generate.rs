@@ -79,7 +79,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
-    let sampling = args.sampling.sampling()?;
+    args.sampling.check()?;
     let Attention { policy, thresholds } = args.attention.policy()?;
     args.check_save()?;
     let prompt = args.prompt()?;
@@ -106,7 +106,7 @@ pub fn run(args: &Args) -> Outcome {
     session.cancel_with(cancel);
 
     let options = GenerateOptions {
-        sampling,
+        sampling: args.sampling.sampling(&model.config().sampling)?,
         max_tokens: args.max_tokens,
         stop: args.stop.clone(),
         ignore_eos: args.ignore_eos,
