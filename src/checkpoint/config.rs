@@ -270,8 +270,8 @@ fn attention(config: &Object, arch: Architecture, hidden: usize) -> Result<Atten
 /// 50 candidates, temperature 1.
 fn recommended(generation: &Object) -> Result<Sampling> {
     let number = |field| Ok::<_, Error>(generation.number(field)?.map(|x| x as f32));
-    let mut sampling = Sampling::default();
-    sampling.repetition_penalty = number("repetition_penalty")?.unwrap_or(1.0);
+    let repetition_penalty = number("repetition_penalty")?.unwrap_or(1.0);
+    let mut sampling = Sampling { repetition_penalty, ..Sampling::default() };
     if generation.flag("do_sample")? == Some(true) {
         sampling.temperature = number("temperature")?.unwrap_or(1.0);
         sampling.top_k = generation.number("top_k")?.map_or(50, |k| k.max(0.0) as usize);
