@@ -58,40 +58,38 @@ fn options() -> PrepareOptions {
 }
 
 /// Scores of the dense candidate, by row.
-fn scores(file: &str, stage: Stage) -> Vec<Score> {
+fn scores(model: &Model, file: &str, stage: Stage) -> Vec<Score> {
     let (task, candidates) =
         (Task::read(fixture(file), usize::MAX).expect("task"), candidates(&[]));
-    let scorer =
-        Scorer { model: model(), candidates: &candidates, stage, cancel: Cancel::default() };
+    let scorer = Scorer { model, candidates: &candidates, stage, cancel: Cancel::default() };
     let score = |row| {
-        let prepared = Prepared::new(row, model().tokenizer(), &options()).expect("tokens");
+        let prepared = Prepared::new(row, model.tokenizer(), &options()).expect("tokens");
         scorer.score(&prepared).expect("score").remove(0).score
     };
     task.rows.iter().map(score).collect()
 }
 
-/// Nats of hundreds of tokens agree to this share. A BitNet rounds activations to 8 bits, where f32
-/// sums in another order now and then come out one level apart, which moves a token by about a
-/// hundredth of a nat.
-const CLOSE: f64 = 2e-3;
-
-fn close(found: f64, expected: f64, what: &str) {
-    let far = (found - expected).abs() / expected.abs().max(1.0);
-    assert!(far < CLOSE, "{what}: {found}, transformers {expected}");
-}
-
 #[test]
 fn perplexity_is_that_of_transformers() {
     let expected = expected();
-    for stage in [Stage::Prefill, Stage::Decode] {
-        for (row, score) in scores("text.jsonl", stage).iter().enumerate() {
-            let Score::Text { windows, bytes } = score else { panic!("{score:?}") };
-            assert!(*bytes > 500);
-            let texts = expected["text"][row].as_array().expect("list");
-            assert_eq!(windows.len(), texts.len());
-            for (found, expected) in windows.iter().zip(texts) {
-                assert_eq!(found.1 as f64, floats(expected)[1]);
-                close(found.0, floats(expected)[0], "nats of a window");
+    let path = [env!("CARGO_MANIFEST_DIR"), "tests", "fixtures", "llama-64"].iter();
+    let options = ModelOptions { device: DeviceChoice::Cpu, ..ModelOptions::default() };
+    let llama = Model::open(path.collect::<PathBuf>(), &options).expect("model");
+    // A BitNet rounds activations to 8 bits: sums in another order now and then come out one level
+    // apart, which moves the nats of a window by some hundredths. A Llama has nothing to round.
+    for (name, model, tolerance) in [("llama", &llama, 2e-5), ("text", model(), 5e-3)] {
+        for stage in [Stage::Prefill, Stage::Decode] {
+            for (row, score) in scores(model, "text.jsonl", stage).iter().enumerate() {
+                let Score::Text { windows, bytes } = score else { panic!("{score:?}") };
+                assert!(*bytes > 500);
+                let right = expected[name][row].as_array().expect("list");
+                assert_eq!(windows.len(), right.len());
+                for (found, right) in windows.iter().zip(right) {
+                    let (nats, tokens) = (floats(right)[0], floats(right)[1]);
+                    assert_eq!(found.1 as f64, tokens);
+                    let far = (found.0 / nats - 1.0).abs();
+                    assert!(far < tolerance, "{name} {row}: {}, transformers {nats}", found.0);
+                }
             }
         }
     }
@@ -101,7 +99,7 @@ fn perplexity_is_that_of_transformers() {
 fn choices_have_the_likelihoods_of_transformers() {
     let expected = expected();
     for stage in [Stage::Prefill, Stage::Decode] {
-        for (row, score) in scores("choice.jsonl", stage).iter().enumerate() {
+        for (row, score) in scores(model(), "choice.jsonl", stage).iter().enumerate() {
             let Score::Choice { log_likelihoods, lengths, .. } = score else { panic!("{score:?}") };
             let right = floats(&expected["choice"][row]);
             assert!(lengths.iter().all(|length| *length >= 2));
@@ -117,14 +115,14 @@ fn choices_have_the_likelihoods_of_transformers() {
 fn answers_are_those_of_transformers() {
     let expected = expected();
     for stage in [Stage::Prefill, Stage::Decode] {
-        for (row, score) in scores("question.jsonl", stage).iter().enumerate() {
+        for (row, score) in scores(model(), "question.jsonl", stage).iter().enumerate() {
             let Score::Question { answer, exact, f1, .. } = score else { panic!("{score:?}") };
             let right = &expected["question"][row];
             assert_eq!(answer, right["answer"].as_str().expect("text"), "row {row}");
             assert_eq!(*exact, right["exact"].as_f64().expect("number"));
             assert!((f1 - right["f1"].as_f64().expect("number")).abs() < 1e-12);
         }
-        for (row, score) in scores("passkey.jsonl", stage).iter().enumerate() {
+        for (row, score) in scores(model(), "passkey.jsonl", stage).iter().enumerate() {
             let Score::Passkey { answer, .. } = score else { panic!("{score:?}") };
             assert_eq!(answer, expected["passkey"][row].as_str().expect("text"), "row {row}");
         }
@@ -206,7 +204,7 @@ fn known_data_sets_are_read() {
         r#"{"ind": 4, "activity_label": "Sailing", "ctx_a": "A man [sub] sails.", "ctx_b": "the Boat", "ctx": "", "endings": ["sinks. [title] End", "flies."], "label": "1"}"#,
     );
     assert_eq!(label, 1);
-    assert_eq!(pairs[0], pair("Sailing: A man sails. The boat", " sinks. . End"));
+    assert_eq!(pairs[0], pair("Sailing: A man sails. The boat", " sinks.. End"));
 
     // As lm-evaluation-harness logs: in lists, and in objects with numbered names.
     let doc =
@@ -373,7 +371,7 @@ fn a_run_writes_tables_files_and_pictures_and_goes_on_where_it_stopped() {
     let other = with(&["--stage", "decode", "--answer-tokens", "3"]);
     assert!(!other.status.success());
     let error = String::from_utf8(other.stderr).expect("UTF-8");
-    assert!(error.contains("--fresh") && error.lines().count() == 1, "{error}");
+    assert!(error.contains("samples.jsonl") && error.contains("--fresh"), "{error}");
     assert!(with(&["--stage", "decode", "--fresh", "--answer-tokens", "3"]).status.success());
 }
 
