@@ -1,39 +1,43 @@
 #!/bin/sh
 # What attention policies cost a demo model: the tables of docs/accuracy.md.
 #
-#   training/accuracy.sh MODEL OUT [ROWS]
+#   training/accuracy.sh MODEL OUT [ROWS] [TOKENS]
 #
-# MODEL is a checkpoint that train.py has written, OUT a directory. Needs python3 (no packages) and
-# cargo. A run that was stopped goes on from where it was.
+# MODEL is a checkpoint that train.py has written, OUT a directory. Needs python3 (without packages)
+# and cargo, or a program that is built already in $DELTALLM. A run that was stopped goes on.
 set -eu
-model=$1 out=$2 rows=${3:-100}
+model=$1 out=$2 rows=${3:-60} tokens=${4:-500}
 root=$(cd "$(dirname "$0")/.." && pwd)
-cargo build --release --manifest-path "$root/Cargo.toml"
-deltallm=$root/target/release/deltallm
+if [ -z "${DELTALLM:-}" ]; then
+    cargo build --release --manifest-path "$root/Cargo.toml"
+    DELTALLM=$root/target/release/deltallm
+fi
 mkdir -p "$out"
 
-# Texts and questions of about 1000 tokens, from seeds that no training uses; others to calibrate on.
-python3 "$root/training/world.py" evaluate "$out/sets" --lengths 1000 -n "$rows" --seed 1
-python3 "$root/training/world.py" text -n 24 --tokens 1000 --seed 2 > "$out/calibration.txt"
+# Texts and questions from seeds that no training uses, and others to calibrate on.
+python3 "$root/training/world.py" evaluate "$out/sets" --lengths "$tokens" -n "$rows" --seed 11
+python3 "$root/training/world.py" text -n 24 --tokens "$tokens" --seed 12 > "$out/calibration.txt"
 
-# Thresholds for each layer and KV head, at the zeros that 0.7 sigma gives everywhere.
+# Thresholds for each layer and KV head, for 0.57 of sparsity: 0.6 of zeros.
 calibrate() { # NAME POLICY
-    [ -e "$out/$1.json" ] || "$deltallm" calibrate --model "$model" --device cpu --text \
-        "$out/calibration.txt" --sparsity 0.57 --policy "$2" --out "$out/$1.json"
+    [ -e "$out/$1.json" ] || "$DELTALLM" calibrate --model "$model" --device cpu --length "$tokens" \
+        --text "$out/calibration.txt" --sparsity 0.57 --policy "$2" --out "$out/$1.json"
 }
 calibrate calibrated-int4 "delta"
 calibrate calibrated-f16 "paper theta=0.7sigma shape=sliding"
 
-set -- "$out/sets/text-1000.jsonl" "$out/sets/choice-1000.jsonl" "$out/sets/coreference-1000.jsonl" \
-    "$out/sets/qa-1000.jsonl" "$out/sets/passkey-1000.jsonl" \
-    --model "$model" --device cpu --stage both --answer-tokens 10 --length 1024
-for theta in 0.5sigma 0.7sigma 1sigma 1.5sigma; do
-    # The paper's chain of floats over aligned blocks, and over a sliding window.
-    set -- "$@" --compare "paper theta=$theta" --compare "paper theta=$theta shape=sliding"
-    # Ours: 4-bit differences from the mean of a page.
-    set -- "$@" --compare "delta theta=$theta"
-done
-set -- "$@" --compare "paper theta=0.7sigma shape=sliding reference=anchored" \
+set -- --model "$model" --device cpu --answer-tokens 10 \
     --compare "$out/calibrated-f16.json" --compare "$out/calibrated-int4.json" \
-    --compare keys=int8 --compare keys=channel4 --compare "keys=channel2 page=16" --compare keys=channel2
-"$deltallm" eval "$@" --out "$out/results"
+    --compare "paper theta=0.7sigma shape=sliding reference=anchored" \
+    --compare keys=int8 --compare keys=channel4 --compare keys=channel2
+for theta in 0.7sigma 1sigma 1.5sigma; do
+    # The paper's chain of floats over aligned blocks, and over a sliding window; and ours, 4-bit
+    # differences from the mean of a page.
+    set -- "$@" --compare "paper theta=$theta" --compare "paper theta=$theta shape=sliding" \
+        --compare "delta theta=$theta"
+done
+task() { echo "$out/sets/$1-$tokens.jsonl"; }
+"$DELTALLM" eval "$(task text)" "$(task choice)" "$(task coreference)" "$(task qa)" \
+    --stage prefill "$@" --out "$out/prefill" > "$out/prefill.md"
+"$DELTALLM" eval "$(task text)" "$(task qa)" "$(task passkey)" \
+    --stage decode "$@" --out "$out/decode" > "$out/decode.md"

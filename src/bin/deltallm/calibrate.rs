@@ -98,7 +98,7 @@ pub fn run(args: &Args) -> Outcome {
     let (beginning, ids) = (tokenizer.encode("")?, tokenizer.encode_continuation(&text)?);
     let limit = model.config().context;
     // Half of a short text is held out.
-    let halves = (beginning.len() + ids.len() / 2).max(attention.policy.page);
+    let halves = (beginning.len() + ids.len() / 2).max(attention.policy.page + 1);
     let length = args.length.unwrap_or(LENGTH.min(limit).min(halves));
     let text = CalibrationText::new(&beginning, &ids, length, args.segments as usize)?;
     if text.held_out.is_empty() {
@@ -180,12 +180,12 @@ fn print(found: &Calibrated, text: &CalibrationText, budget: Budget) -> io::Resu
     let dense = rows.last().map_or(0.0, |row| row.dense_perplexity);
     writeln!(
         out,
-        "\n{:<22}{:<10}{:>9}{:>18}{:>12}{:>12}{:>10}",
+        "\n{:<22}{:<10}{:>9}{:>20}{:>12}{:>12}{:>10}",
         "thresholds", "text", "sparsity", "bits a key element", "KL", "perplexity", "change"
     )?;
     writeln!(
         out,
-        "{:<22}{:<10}{:>9}{:>18}{:>12}{dense:>12.4}{:>10}",
+        "{:<22}{:<10}{:>9}{:>20}{:>12}{dense:>12.4}{:>10}",
         "none: dense f32",
         rows.last().map_or("", |row| &row.text),
         "-",
@@ -197,7 +197,7 @@ fn print(found: &Calibrated, text: &CalibrationText, budget: Budget) -> io::Resu
         let change = 100.0 * (row.perplexity / row.dense_perplexity - 1.0);
         writeln!(
             out,
-            "{:<22}{:<10}{:>9}{:>18.2}{:>12.3e}{:>12.4}{change:>+9.3}%",
+            "{:<22}{:<10}{:>9}{:>20.2}{:>12.3e}{:>12.4}{change:>+9.3}%",
             row.policy,
             row.text,
             percent(row.sparsity),
