@@ -20,14 +20,16 @@ const LEAST_COST: f64 = 0.25;
 const SEARCH: usize = 9;
 /// Runs that make up for what keys of a compressed run differ by from those of a dense one.
 const CORRECTIONS: usize = 5;
+
 /// One of the family of choices.
-struct Choice {
+pub(super) struct Choice {
     thresholds: Thresholds,
     /// Zeros that were foretold.
     zeros: u64,
     fitting: Divergence,
 }
 
+/// A calibration between what was measured on dense runs and what it chooses.
 pub(super) struct Search<'a> {
     pub model: &'a Model,
     pub text: &'a CalibrationText,
