@@ -38,6 +38,8 @@ for theta in 0.7sigma 1sigma 1.5sigma; do
 done
 task() { echo "$out/sets/$1-$tokens.jsonl"; }
 "$DELTALLM" eval "$(task text)" "$(task choice)" "$(task coreference)" "$(task qa)" \
-    --stage prefill "$@" --out "$out/prefill" > "$out/prefill.md"
-"$DELTALLM" eval "$(task text)" "$(task qa)" "$(task passkey)" \
-    --stage decode "$@" --out "$out/decode" > "$out/decode.md"
+    --stage prefill "$@" --out "$out/prefill"
+head -n 15 "$(task text)" > "$out/sets/text-few-$tokens.jsonl" # token by token, which takes long
+"$DELTALLM" eval "$(task text-few)" "$(task qa)" "$(task passkey)" \
+    --stage decode "$@" --out "$out/decode"
+python3 "$root/training/accuracy_table.py" "$out" > "$out/accuracy.md"

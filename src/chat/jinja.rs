@@ -12,8 +12,11 @@ use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
 /// Instructions that a template may take: a conversation of thousands of messages needs less than a
 /// tenth. A template that never ends is stopped after about a second.
+///
+/// Memory is not bounded by it: a template that doubles a text again and again, or nests values a
+/// million deep, ends the program. A template is trusted as far as that.
 const FUEL: u64 = 10_000_000;
-/// Calls within calls; the machine's stack holds far more.
+/// Calls within calls.
 const DEPTH: usize = 200;
 
 /// An environment without templates.

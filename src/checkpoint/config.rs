@@ -1,8 +1,10 @@
 //! `config.json` and `generation_config.json`: which architecture, and every number of it.
 
+use serde_json::Value;
+
 use super::files::Files;
 use super::json::Object;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formats::{Activation, AttentionShape};
 use crate::sampler::Sampling;
 
@@ -143,7 +145,7 @@ impl ModelConfig {
             if !eos.is_empty() {
                 parsed.eos = eos;
             }
-            parsed.sampling = recommended(&generation)?;
+            parsed.sampling = recommended(&generation);
         }
         Ok(parsed)
     }
@@ -267,22 +269,23 @@ fn attention(config: &Object, arch: Architecture, hidden: usize) -> Result<Atten
 }
 
 /// The sampling that `generation_config.json` recommends. What it leaves out is as in transformers:
-/// 50 candidates, temperature 1.
-fn recommended(generation: &Object) -> Result<Sampling> {
-    let number = |field| Ok::<_, Error>(generation.number(field)?.map(|x| x as f32));
-    let repetition_penalty = number("repetition_penalty")?.unwrap_or(1.0);
+/// 50 candidates, temperature 1. It is advice: what cannot be used is no reason to refuse a model.
+fn recommended(generation: &Object) -> Sampling {
+    let number = |field| generation.get(field).and_then(Value::as_f64).map(|x| x as f32);
+    let repetition_penalty = number("repetition_penalty").unwrap_or(1.0);
     let mut sampling = Sampling { repetition_penalty, ..Sampling::default() };
-    if generation.flag("do_sample")? == Some(true) {
-        sampling.temperature = number("temperature")?.unwrap_or(1.0);
-        sampling.top_k = generation.number("top_k")?.map_or(50, |k| k.max(0.0) as usize);
-        sampling.top_p = number("top_p")?.unwrap_or(1.0);
-        sampling.min_p = number("min_p")?.unwrap_or(0.0);
+    if generation.get("do_sample").and_then(Value::as_bool) == Some(true) {
+        sampling.temperature = number("temperature").unwrap_or(1.0);
+        sampling.top_k = generation.get("top_k").and_then(Value::as_u64).unwrap_or(50) as usize;
+        sampling.top_p = number("top_p").unwrap_or(1.0);
+        sampling.min_p = number("min_p").unwrap_or(0.0);
     }
     match sampling.check() {
-        Err(Error::Parameter { name, value, allowed }) => {
-            Err(generation.error(name, format!("is {value}: {allowed}")))
+        Ok(()) => sampling,
+        Err(error) => {
+            log::warn!("generation_config.json recommends {error}; tokens are chosen greedily");
+            Sampling::default()
         }
-        checked => checked.map(|()| sampling),
     }
 }
 

@@ -236,7 +236,8 @@ impl Measured {
                 "dense_perplexity",
             ],
         )?;
-        let number = |field| object.required(field, object.number(field)?);
+        // What JSON has no name for was written as null.
+        let number = |field| Ok::<_, Error>(object.number(field)?.unwrap_or(f64::NAN));
         Ok(Self {
             policy: text(object, "policy")?,
             text: text(object, "text")?,

@@ -1,14 +1,12 @@
 //! Means with their standard errors.
 
-use serde::{Deserialize, Serialize};
-
 /// A figure and how far it may be off by the choice of samples.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimate {
     /// The figure.
     pub value: f64,
-    /// Its standard error; 0 for a single sample, of which nothing can be said.
-    pub error: f64,
+    /// Its standard error; `None` of a single sample, of which nothing can be said.
+    pub error: Option<f64>,
     /// Independent samples that it was made of.
     pub count: usize,
 }
@@ -32,22 +30,20 @@ impl Estimate {
         let (value, count) = (over / under, samples.len());
         let squares: f64 = samples.iter().map(|(a, b)| (a - value * b).powi(2)).sum();
         let n = count as f64;
-        let error = match count {
-            1 => 0.0,
-            _ => (squares / (n - 1.0) / n).sqrt() / (under / n),
-        };
+        let error = (count > 1).then(|| (squares / (n - 1.0) / n).sqrt() / (under / n));
         Some(Self { value, error, count })
     }
 
     /// The exponential of the figure: perplexity of nats a token.
     pub fn exp(self) -> Self {
         let value = self.value.exp();
-        Self { value, error: value * self.error, ..self }
+        Self { value, error: self.error.map(|error| value * error), ..self }
     }
 
     /// The figure in another unit.
     pub fn times(self, factor: f64) -> Self {
-        Self { value: self.value * factor, error: self.error * factor.abs(), ..self }
+        let error = self.error.map(|error| error * factor.abs());
+        Self { value: self.value * factor, error, ..self }
     }
 }
 
@@ -60,9 +56,9 @@ mod tests {
         let found = Estimate::mean([1.0, 0.0, 1.0, 1.0]).expect("samples");
         assert_eq!((found.value, found.count), (0.75, 4));
         // Deviations 1/4, -3/4, 1/4, 1/4: variance 0.75 / 3.
-        assert!((found.error - (0.25f64 / 4.0).sqrt()).abs() < 1e-15);
+        assert!((found.error.expect("known") - (0.25f64 / 4.0).sqrt()).abs() < 1e-15);
         assert_eq!(Estimate::mean([]), None);
-        assert_eq!(Estimate::mean([2.0]).map(|e| e.error), Some(0.0));
+        assert_eq!(Estimate::mean([2.0]).map(|e| e.error), Some(None));
     }
 
     #[test]
@@ -70,7 +66,7 @@ mod tests {
         let found = Estimate::ratio([(10.0, 10.0), (0.0, 30.0)]).expect("samples");
         assert_eq!(found.value, 0.25);
         // Residuals 7.5 and -7.5 over a mean size of 20.
-        assert!((found.error - (112.5f64 / 2.0).sqrt() / 20.0).abs() < 1e-15);
+        assert!((found.error.expect("known") - (112.5f64 / 2.0).sqrt() / 20.0).abs() < 1e-15);
         assert_eq!(Estimate::ratio([(1.0, 0.0)]), None);
     }
 }

@@ -192,6 +192,14 @@ fn logged_sample(object: &Object) -> Parsed<Content> {
             _ => None,
         })
         .collect();
+    // For mutual information every choice is asked for once more, without its context.
+    let half = pairs.len() / 2;
+    let again = pairs.len() == arguments.len()
+        && half > 1
+        && pairs.len().is_multiple_of(2)
+        && (0..half).all(|i| pairs[half + i].0.is_empty() && pairs[half + i].1 == pairs[i].1);
+    let count = if again { half } else { arguments.len() };
+    let (arguments, pairs) = (&arguments[..count], pairs[..pairs.len().min(count)].to_vec());
     // The row of the data set knows best what the target means.
     let known = content(doc);
     match (arguments.first().map(Vec::as_slice), known) {
@@ -211,11 +219,7 @@ fn logged_sample(object: &Object) -> Parsed<Content> {
         }
         _ if pairs.len() > 1 && pairs.len() == arguments.len() => {
             let label = match object.get("target") {
-                Some(Value::String(target)) => pairs
-                    .iter()
-                    .position(|(_, choice)| choice.trim() == target.trim())
-                    .or_else(|| target.trim().parse().ok().filter(|i| *i < pairs.len()))
-                    .ok_or_else(|| format!("field \"target\" is {target:?}, which is no choice"))?,
+                Some(Value::String(target)) => named_or_numbered(target.trim(), &pairs)?,
                 _ => index(object, "target", 0, pairs.len())?,
             };
             paired(pairs, label)
@@ -224,6 +228,20 @@ fn logged_sample(object: &Object) -> Parsed<Content> {
             Err("field \"arguments\" is neither of choices, nor of a generation, nor of a text"
                 .into())
         }
+    }
+}
+
+/// A logged target is the number of a choice, from 0, or its text.
+fn named_or_numbered(target: &str, pairs: &[(String, String)]) -> Parsed<usize> {
+    let named = pairs.iter().position(|(_, choice)| choice.trim() == target);
+    let numbered = target.parse().ok().filter(|i| *i < pairs.len());
+    match (named, numbered) {
+        (Some(a), Some(b)) if a != b => Err(format!(
+            "field \"target\" is {target:?}: choice {a} has this text, and choice {b} this number"
+        )),
+        _ => named
+            .or(numbered)
+            .ok_or_else(|| format!("field \"target\" is {target:?}, which is no choice")),
     }
 }
 

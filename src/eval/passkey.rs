@@ -15,10 +15,13 @@ const DULL: [&str; 6] = [
     "The day goes on as the days before it did.",
 ];
 
+/// The shortest prompt, in tokens.
+const SHORTEST: usize = 64;
+
 /// Which passkeys to hide.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PasskeyOptions {
-    /// Tokens of a prompt: at least 64 each.
+    /// Tokens of a prompt: from 64 to the model's context.
     pub lengths: Vec<usize>,
     /// Where the key stands: from 0, the beginning of the text, to 1, its end.
     pub depths: Vec<f64>,
@@ -30,17 +33,17 @@ pub struct PasskeyOptions {
 
 impl PasskeyOptions {
     /// Prompts of at most these lengths, filled with dull sentences, in which a number of five digits
-    /// is told once.
+    /// is told; for a model of this `context`.
     ///
     /// # Errors
-    /// A length or depth out of range.
-    pub fn task(&self, tokenizer: &Tokenizer) -> Result<Task> {
+    /// A length or depth out of range; a length in which nothing but the question has room.
+    pub fn task(&self, tokenizer: &Tokenizer, context: usize) -> Result<Task> {
         let mut rows = Vec::new();
         let mut state = self.seed;
         for &length in &self.lengths {
-            if length < 64 {
-                let (value, allowed) = (length.to_string(), "must be at least 64 tokens".into());
-                return Err(Error::Parameter { name: "passkey-lengths", value, allowed });
+            if !(SHORTEST..=context).contains(&length) {
+                let allowed = format!("must be from {SHORTEST} to {context}, the model's context");
+                return Err(refused(length, allowed));
             }
             for &depth in &self.depths {
                 if !(0.0..=1.0).contains(&depth) {
@@ -74,16 +77,27 @@ fn fitted(
     key: &str,
     first: usize,
 ) -> Result<String> {
+    let tokens = |sentences| -> Result<usize> {
+        Ok(tokenizer.encode(&prompt(sentences, depth, key, first))?.len())
+    };
+    let least = tokens(0)?;
+    if least > length {
+        return Err(refused(length, format!("the question alone takes {least} tokens")));
+    }
     // Halving: tokens grow with sentences. No sentence has fewer than four tokens.
     let (mut fits, mut too_many) = (0, length / 4 + 1);
     while too_many - fits > 1 {
         let middle = (fits + too_many) / 2;
-        match tokenizer.encode(&prompt(middle, depth, key, first))?.len() <= length {
+        match tokens(middle)? <= length {
             true => fits = middle,
             false => too_many = middle,
         }
     }
     Ok(prompt(fits, depth, key, first))
+}
+
+fn refused(length: usize, allowed: String) -> Error {
+    Error::Parameter { name: "passkey-lengths", value: length.to_string(), allowed }
 }
 
 fn prompt(sentences: usize, depth: f64, key: &str, first: usize) -> String {

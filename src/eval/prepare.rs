@@ -1,5 +1,8 @@
 //! Rows as tokens.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use super::rows::{Content, Row};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
@@ -7,10 +10,24 @@ use crate::tokenizer::Tokenizer;
 /// Tokens of which those from `from` on are scored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
-    /// At least two.
-    pub ids: Vec<u32>,
+    /// A text, which windows share.
+    text: Arc<[u32]>,
+    /// Where in it this part lies: at least two tokens.
+    range: Range<usize>,
     /// At least one: nothing foretells the first token.
-    pub from: usize,
+    from: usize,
+}
+
+impl Part {
+    /// The tokens.
+    pub fn ids(&self) -> &[u32] {
+        &self.text[self.range.clone()]
+    }
+
+    /// The first of them that is scored.
+    pub fn from(&self) -> usize {
+        self.from
+    }
 }
 
 /// A row as tokens.
@@ -119,19 +136,20 @@ impl Prepared {
 
     /// Tokens that the longest part needs of the model's context.
     pub fn longest(&self) -> usize {
-        let parts = |parts: &[Part]| parts.iter().map(|part| part.ids.len() - 1).max().unwrap_or(0);
+        let parts =
+            |parts: &[Part]| parts.iter().map(|part| part.range.len() - 1).max().unwrap_or(0);
         match self {
             Self::Text { windows, .. } => parts(windows),
             Self::Choice { choices, .. } => parts(choices),
             Self::Question { prompt, most, .. } | Self::Passkey { prompt, most, .. } => {
-                prompt.len() + most
+                prompt.len().saturating_add(*most)
             }
         }
     }
 
     /// Tokens of it in all: a measure of the work.
     pub fn tokens(&self) -> usize {
-        let parts = |parts: &[Part]| parts.iter().map(|part| part.ids.len()).sum();
+        let parts = |parts: &[Part]| parts.iter().map(|part| part.range.len()).sum();
         match self {
             Self::Text { windows, .. } => parts(windows),
             Self::Choice { choices, .. } => parts(choices),
@@ -164,13 +182,14 @@ impl PrepareOptions {
 /// <https://huggingface.co/docs/transformers/perplexity>).
 fn strided(ids: &[u32], length: usize, stride: usize) -> Vec<Part> {
     let (mut windows, mut scored) = (Vec::new(), 1);
+    let text: Arc<[u32]> = ids.into();
     for start in (0..ids.len()).step_by(stride) {
-        let end = ids.len().min(start + length);
+        let end = ids.len().min(start.saturating_add(length));
         if end > scored {
             // The first token of a window cannot be scored: where windows do not overlap, the
             // one before lends its last token.
             let start = start.min(scored - 1);
-            windows.push(Part { ids: ids[start..end].to_vec(), from: scored - start });
+            windows.push(Part { text: text.clone(), range: start..end, from: scored - start });
         }
         scored = scored.max(end);
         if end == ids.len() {
@@ -191,7 +210,7 @@ fn continued(row: &Row, tokenizer: &Tokenizer, context: &str, choice: &str) -> R
     if ids.len() <= from {
         return Err(nothing(row, "a choice has no tokens of its own"));
     }
-    Ok(Part { ids, from })
+    Ok(Part { range: 0..ids.len(), text: ids.into(), from })
 }
 
 fn nothing(row: &Row, why: &str) -> Error {
@@ -209,10 +228,10 @@ mod tests {
             for stride in 1..=length {
                 let windows = strided(&ids, length, stride);
                 let scored: Vec<u32> =
-                    windows.iter().flat_map(|w| w.ids[w.from..].iter().copied()).collect();
+                    windows.iter().flat_map(|w| w.ids()[w.from..].iter().copied()).collect();
                 assert_eq!(scored, ids[1..], "{length} {stride}");
                 for part in &windows {
-                    assert!(part.from >= 1 && part.ids.len() <= length + 1, "{length} {stride}");
+                    assert!(part.from >= 1 && part.ids().len() <= length + 1, "{length} {stride}");
                 }
             }
         }

@@ -70,10 +70,10 @@ pub struct Outcome {
     /// How good it is.
     pub score: Score,
     /// Kullback-Leibler divergence of its next-token distributions from those of the first
-    /// candidate: the sum over `kl_tokens`, in nats.
-    pub kl: f64,
-    /// Distributions that were compared: of every scored token, or of an answer's first.
-    pub kl_tokens: usize,
+    /// candidate: nats, and distributions that were compared. Of a text for each window; of a choice
+    /// one, of all its tokens; of an answer one, of its first token, and none in
+    /// [`Stage::Decode`], where that token is not decoded.
+    pub kl: Vec<(f64, usize)>,
     /// Its compressed keys.
     pub keys: KeyCounts,
     /// Time that it took.
@@ -155,16 +155,6 @@ impl From<Expectation> for Sequence {
     }
 }
 
-impl AddAssign for Sequence {
-    fn add_assign(&mut self, other: Self) {
-        self.nats += other.nats;
-        self.kl += other.kl;
-        self.tokens += other.tokens;
-        self.keys += other.keys;
-        self.seconds += other.seconds;
-    }
-}
-
 impl Scorer<'_> {
     /// What each candidate makes of a row.
     ///
@@ -215,10 +205,16 @@ impl Scorer<'_> {
             }
         }
         let outcome = |sequences: Vec<Sequence>| {
-            let mut sum = Sequence::default();
-            sequences.iter().for_each(|s| sum += *s);
-            let Sequence { kl, tokens, keys, seconds, .. } = sum;
-            Outcome { score: score(&sequences), kl, kl_tokens: tokens, keys, seconds }
+            let mut keys = KeyCounts::default();
+            sequences.iter().for_each(|s| keys += s.keys);
+            let score = score(&sequences);
+            let kl = sequences.iter().map(|s| (s.kl, s.tokens));
+            let kl = match score {
+                Score::Text { .. } => kl.collect(),
+                _ => vec![kl.fold((0.0, 0), |sum, s| (sum.0 + s.0, sum.1 + s.1))],
+            };
+            let seconds = sequences.iter().map(|s| s.seconds).sum();
+            Outcome { score, kl, keys, seconds }
         };
         Ok(found.into_iter().map(outcome).collect())
     }
@@ -228,11 +224,11 @@ impl Scorer<'_> {
         let options = |candidate: &Candidate| LogitsOptions {
             attention: candidate.attention,
             thresholds: candidate.thresholds.clone(),
-            prompt: (self.stage == Stage::Decode).then_some(part.from),
-            from: part.from - 1,
+            prompt: (self.stage == Stage::Decode).then_some(part.from()),
+            from: part.from() - 1,
         };
         let runs: Vec<LogitsOptions> = self.candidates.iter().map(options).collect();
-        let found = lockstep(self.model, &part.ids, &runs, &self.cancel)?;
+        let found = lockstep(self.model, part.ids(), &runs, &self.cancel)?;
         Ok(found.into_iter().map(Sequence::from).collect())
     }
 
@@ -258,7 +254,11 @@ impl Scorer<'_> {
             let answer = self.continuation(&mut session, logits, prompt, most)?;
             let keys = session.statistics()?.total().into();
             let seconds = start.elapsed().as_secs_f64();
-            outcomes.push(Outcome { score: score(answer), kl, kl_tokens: 1, keys, seconds });
+            let kl = match self.stage {
+                Stage::Prefill => vec![(kl, 1)],
+                Stage::Decode => Vec::new(),
+            };
+            outcomes.push(Outcome { score: score(answer), kl, keys, seconds });
         }
         Ok(outcomes)
     }

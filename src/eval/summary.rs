@@ -22,8 +22,8 @@ pub struct Summary {
     /// The main metric less the first candidate's, row by row, which is known much better than
     /// either; of perplexity the relative change.
     pub change: Estimate,
-    /// Divergence from the first candidate, nats a token.
-    pub kl: Estimate,
+    /// Divergence from the first candidate, nats a token; `None` where none was taken.
+    pub kl: Option<Estimate>,
     /// Counts over the compressed keys.
     pub keys: KeyCounts,
     /// Time that it took.
@@ -54,7 +54,7 @@ impl Summary {
             .collect();
         let mut keys = KeyCounts::default();
         outcomes.iter().for_each(|outcome| keys += outcome.keys);
-        let kl = Estimate::ratio(outcomes.iter().map(|o| (o.kl, o.kl_tokens as f64)))?;
+        let kl = divergence(outcomes);
         let seconds = outcomes.iter().map(|outcome| outcome.seconds).sum();
         let change = change(kind, outcomes, first)?;
         (!metrics.is_empty()).then_some(Self { metrics, change, kl, keys, seconds })
@@ -85,6 +85,17 @@ impl Summary {
         }
         let KeyCounts { elements, bits, .. } = self.keys;
         (elements > 0).then(|| bits as f64 / elements as f64)
+    }
+}
+
+/// Nats a token; samples are rows, or the windows of a single text.
+fn divergence(outcomes: &[&Outcome]) -> Option<Estimate> {
+    let whole = |parts: &[(f64, usize)]| {
+        parts.iter().fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1 as f64))
+    };
+    match outcomes {
+        [outcome] => Estimate::ratio(outcome.kl.iter().map(|part| (part.0, part.1 as f64))),
+        _ => Estimate::ratio(outcomes.iter().map(|outcome| whole(&outcome.kl))),
     }
 }
 
@@ -217,4 +228,108 @@ fn passkey(outcomes: &[&Outcome]) -> Vec<Named> {
 
 fn share(right: bool) -> f64 {
     f64::from(u8::from(right))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(score: Score, kl: &[(f64, usize)]) -> Outcome {
+        let keys = KeyCounts { elements: 100, zeros: Some(60), bits: 350 };
+        Outcome { score, kl: kl.to_vec(), keys, seconds: 0.5 }
+    }
+
+    fn summary(kind: TaskKind, outcomes: &[Outcome], first: &[Outcome]) -> Summary {
+        let (outcomes, first) =
+            (outcomes.iter().collect::<Vec<_>>(), first.iter().collect::<Vec<_>>());
+        Summary::new(kind, &outcomes, &first).expect("outcomes")
+    }
+
+    fn value(summary: &Summary, name: &str) -> f64 {
+        let found = summary.metrics.iter().find(|metric| metric.name == name);
+        found.expect(name).estimate.value
+    }
+
+    fn near(found: f64, expected: f64) {
+        assert!((found - expected).abs() < 1e-12, "{found} is not {expected}");
+    }
+
+    #[test]
+    fn perplexity_weighs_tokens_and_bits_count_bytes() {
+        let text =
+            |windows: &[(f64, usize)], bytes| Score::Text { windows: windows.to_vec(), bytes };
+        let first = [
+            outcome(text(&[(6.0, 3), (4.0, 2)], 20), &[(0.0, 3), (0.0, 2)]),
+            outcome(text(&[(10.0, 5)], 30), &[(0.0, 5)]),
+        ];
+        let other = [
+            outcome(text(&[(6.5, 3), (4.5, 2)], 20), &[(0.3, 3), (0.1, 2)]),
+            outcome(text(&[(10.0, 5)], 30), &[(0.2, 5)]),
+        ];
+        let found = summary(TaskKind::Text, &other, &first);
+        near(value(&found, "perplexity"), (21.0f64 / 10.0).exp());
+        near(value(&found, "bits_per_byte"), 21.0 / 50.0 / std::f64::consts::LN_2);
+        near(found.change.value, (1.0f64 / 10.0).exp_m1());
+        near(found.kl.expect("taken").value, 0.06);
+        // Two rows: residuals 0.5 and -0.5 around the ratio 0.1 times 5 tokens.
+        let error = (0.5f64 / 2.0).sqrt() / 5.0 * (0.1f64).exp();
+        near(found.change.error.expect("two rows"), error);
+        near(found.zeros().expect("deltas"), 0.6);
+        near(found.seconds, 1.0);
+        let policy: AttentionPolicy = "delta alpha=0.25".parse().expect("policy");
+        near(found.sparsity(&policy).expect("deltas"), 0.45);
+        near(found.bits(&policy).expect("pages"), 3.5);
+        // A single text has the windows as samples.
+        let found = summary(TaskKind::Text, &other[..1], &first[..1]);
+        assert_eq!(found.metrics[0].estimate.count, 2);
+        assert!(found.kl.expect("taken").error.is_some());
+    }
+
+    #[test]
+    fn accuracy_with_and_without_lengths_and_row_by_row() {
+        let choice = |log_likelihoods: [f64; 2], lengths: [usize; 2], label| {
+            let (log_likelihoods, lengths) = (log_likelihoods.to_vec(), lengths.to_vec());
+            outcome(Score::Choice { log_likelihoods, lengths, label }, &[(0.5, 2)])
+        };
+        // The first row is right only by length, the second only without, the third in both.
+        let rows = [
+            choice([-4.0, -5.0], [2, 5], 1),
+            choice([-4.0, -5.0], [2, 5], 0),
+            choice([-1.0, -9.0], [3, 3], 0),
+        ];
+        let wrong = [rows[0].clone(), rows[1].clone(), choice([-9.0, -1.0], [3, 3], 0)];
+        let found = summary(TaskKind::Choice, &rows, &wrong);
+        assert_eq!(found.main().name, "acc_norm");
+        near(value(&found, "acc_norm"), 2.0 / 3.0);
+        near(value(&found, "acc"), 2.0 / 3.0);
+        let found = summary(TaskKind::Choice, &rows[..1], &rows[..1]);
+        assert_eq!((value(&found, "acc_norm"), value(&found, "acc")), (1.0, 0.0));
+        assert_eq!(found.change.error, None);
+        let found = summary(TaskKind::Choice, &rows, &wrong);
+        near(found.change.value, 1.0 / 3.0);
+        near(found.change.error.expect("three rows"), 1.0 / 3.0);
+    }
+
+    #[test]
+    fn questions_and_passkeys_are_told_apart() {
+        let question = |exact, f1, answerable| {
+            outcome(Score::Question { answer: "x".into(), exact, f1, answerable }, &[])
+        };
+        let rows = [question(0.0, 0.5, true), question(1.0, 1.0, true), question(0.0, 0.0, false)];
+        let found = summary(TaskKind::Question, &rows, &rows);
+        let names = ["f1", "exact", "answerable_f1", "answerable_exact", "unanswerable_f1"];
+        for (name, expected) in names.into_iter().zip([0.5, 1.0 / 3.0, 0.75, 0.5, 0.0]) {
+            near(value(&found, name), expected);
+        }
+        assert_eq!(found.kl, None);
+        let passkey = |right, depth, length| {
+            let (depth, length) = (Some(depth), Some(length));
+            outcome(Score::Passkey { answer: "1".into(), right, depth, length }, &[])
+        };
+        let rows = [passkey(true, 0.5, 200), passkey(false, 0.5, 200), passkey(true, 0.0, 400)];
+        let found = summary(TaskKind::Passkey, &rows, &rows);
+        near(value(&found, "found"), 2.0 / 3.0);
+        near(value(&found, "found at 0.5 of 200"), 0.5);
+        near(value(&found, "found at 0 of 400"), 1.0);
+    }
 }

@@ -81,6 +81,10 @@ pub fn run(args: &Args) -> Outcome {
     let options = GenerateOptions { sampling, max_tokens: args.max_tokens, ..Default::default() };
     let mut chat = Chat { conversation, options, opened, cancel, terminal, json: args.json };
     while let Some(line) = next_line(terminal, &waiting)? {
+        if terminal {
+            // A Ctrl-C that came between the end of a reply and the prompt meant that reply.
+            chat.cancel.reset();
+        }
         match line.trim() {
             "" => {}
             "/exit" | "/quit" if terminal => break,

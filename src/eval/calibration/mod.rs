@@ -90,6 +90,7 @@ pub fn calibrate(
                 allowed: format!("a segment must have more than a page of {} tokens", policy.page),
             });
         }
+        let ids = &ids[..ids.len() - 1];
         let traces = model.probe(ids, cancel, |_| {})?;
         if grids.is_empty() {
             grids = traces.iter().flat_map(|trace| grid(trace, delta.threshold)).collect();

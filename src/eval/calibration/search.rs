@@ -3,7 +3,7 @@
 use super::super::divergence::{Divergence, divergence, divergences};
 use super::budget::{Budget, sparsity};
 use super::text::CalibrationText;
-use super::{Calibrated, CalibrationProgress, short};
+use super::{Calibrated, CalibrationProgress, GRID, short};
 use crate::delta::{AttentionPolicy, Curve, Thresholds, allocate, reachable_zeros, uniform_theta};
 use crate::error::{Error, Result};
 use crate::formats::CacheFormat;
@@ -12,6 +12,7 @@ use crate::session::{Cancel, LogitsOptions};
 
 /// Where in the grid lies the threshold that tells what a layer's error costs the model.
 const PROBED: usize = 20;
+const _: () = assert!(GRID[PROBED] == 1.0);
 /// Segments that it is told from, at most.
 const SENSITIVITY_SEGMENTS: usize = 4;
 /// What a layer's error costs at least, of what that of the median layer does.

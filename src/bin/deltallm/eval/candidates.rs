@@ -132,12 +132,19 @@ fn named(policies: Vec<(Attention, Option<String>)>) -> Vec<Candidate> {
             words.map(|word| word.strip_prefix("keys=").unwrap_or(word)).collect();
         words.join(" ")
     };
-    let candidate = |(index, (one, name)): (usize, (Attention, Option<String>))| {
+    let mut candidates: Vec<Candidate> = Vec::with_capacity(policies.len());
+    for (index, (one, name)) in policies.into_iter().enumerate() {
         let Attention { policy, thresholds } = one;
-        let name = name.unwrap_or_else(|| made(index, &texts[index]));
-        Candidate { name, attention: policy, thresholds }
-    };
-    policies.into_iter().enumerate().map(candidate).collect()
+        let own = if thresholds.is_some() { " of each head" } else { "" };
+        let base = name.unwrap_or_else(|| made(index, &texts[index]) + own);
+        let (mut name, mut number) = (base.clone(), 2);
+        while candidates.iter().any(|other| other.name == name) {
+            name = format!("{base} ({number})");
+            number += 1;
+        }
+        candidates.push(Candidate { name, attention: policy, thresholds });
+    }
+    candidates
 }
 
 #[cfg(test)]

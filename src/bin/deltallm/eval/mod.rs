@@ -16,7 +16,7 @@ use crate::args::ModelArgs;
 use crate::attention_args::AttentionArgs;
 use crate::output::{Failure, Outcome, count_bar, say, stop_on_interrupt};
 use report::Report;
-use samples::Samples;
+use samples::{Fingerprint, Samples};
 
 /// Window of a text where the model allows more, in tokens.
 const WINDOW: usize = 2048;
@@ -35,9 +35,13 @@ Files, one row a line (.jsonl), are recognised by their fields:
   lm-evaluation-harness --log_samples: doc, arguments, target
 SQuAD's own .json files are read, too. Any other file is one text.
 
+Texts begin as the model's tokenizer begins them: with BOS, where it has one.
+
 Metrics: perplexity; accuracy by log-likelihood (acc) and by log-likelihood a character (acc_norm);
 F1 and exact match as SQuAD 2.0 scores them, an answer equal to no_answer counting as none;
-passkeys found. ± is the standard error over rows.";
+passkeys found. KL is the divergence of next-token distributions from dense attention's, over the
+scored tokens; of an answer at its first token. ± is the standard error over rows, of a single text
+over its windows.";
 
 /// Options of `eval`.
 #[derive(clap::Args)]
@@ -148,6 +152,10 @@ pub fn run(args: &Args) -> Outcome {
         false => args.attention.delta_policy()?,
     };
     let candidates = candidates::list(&base, &args.sweep, &args.compare)?;
+    if args.limit == 0 {
+        let (value, allowed) = ("0".into(), "must be at least 1 row".into());
+        return Err(Error::Parameter { name: "limit", value, allowed }.into());
+    }
     let mut tasks = args
         .files
         .iter()
@@ -164,15 +172,17 @@ pub fn run(args: &Args) -> Outcome {
             count: args.passkey_count,
             seed: 0,
         };
-        tasks.push(options.task(model.tokenizer())?);
+        tasks.push(options.task(model.tokenizer(), model.config().context)?);
     }
     names_differ(&mut tasks);
     let work = args.prepare(model, tasks)?;
-    let samples = Samples::open(
-        args.out.as_deref(),
-        args.fresh,
-        &args.settings(&opened.name, model, &candidates, &work),
-    )?;
+    let samples = match &args.out {
+        Some(out) => {
+            let settings = args.settings(model, &candidates, &work, &cancel)?;
+            Samples::open(out, args.fresh, &settings)?
+        }
+        None => Samples::default(),
+    };
     let mut report = Report::new(&opened.name, model, &candidates);
     let finished = score(args, model, &candidates, &work, samples, &cancel, &mut report);
     if let Err(Failure::Interrupted) = finished {
@@ -274,38 +284,45 @@ impl Args {
         Ok(all)
     }
 
-    /// Everything that outcomes depend on, as text: a run goes on only where it is the same.
+    /// Everything that outcomes depend on: a run goes on only where it is the same. What the model
+    /// makes of some tokens stands for its weights, their format and the device.
     fn settings(
         &self,
-        name: &str,
         model: &Model,
         candidates: &[Candidate],
         work: &[Work],
-    ) -> String {
-        let mut text = format!(
-            "{name} {:?} {:?} {:?}",
-            model.config(),
-            self.prepare_options(model),
-            model.device().backend
-        );
-        for candidate in candidates {
-            text += &format!("\n{} {:?}", candidate.attention, candidate.thresholds);
+        cancel: &Cancel,
+    ) -> Result<Fingerprint, Error> {
+        let mut settings = Fingerprint::default();
+        settings.add(&(env!("CARGO_PKG_VERSION"), model.config(), self.prepare_options(model)));
+        let vocabulary = model.config().vocabulary as u32;
+        let ids: Vec<u32> = (0..16.min(model.config().context as u32))
+            .map(|i| i.wrapping_mul(7919) % vocabulary)
+            .collect();
+        model.logits(&ids, &candidates[0].attention, cancel, |rows| {
+            settings.add(&rows);
+            Ok(())
+        })?;
+        for Candidate { attention, thresholds, .. } in candidates {
+            settings.add(&(attention, thresholds));
         }
-        for work in work {
-            text += &format!("\n{} {:?}", work.task.name, work.task.rows);
+        for Work { task, rows } in work {
+            settings.add(&(&task.name, &task.rows, rows));
         }
-        text
+        Ok(settings)
     }
 }
 
-/// Two tasks of one name would be one file in --out.
+/// Two tasks of one name would be one file in --out; names are made fit for files.
 fn names_differ(tasks: &mut [Task]) {
-    for at in 1..tasks.len() {
+    for at in 0..tasks.len() {
         let (before, rest) = tasks.split_at_mut(at);
-        let mut name = rest[0].name.clone();
+        let fit = |c: char| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '_' };
+        let base: String = rest[0].name.chars().map(fit).collect();
+        let mut name = base.clone();
         let mut number = 2;
         while before.iter().any(|task| task.name == name) {
-            name = format!("{}-{number}", rest[0].name);
+            name = format!("{base}-{number}");
             number += 1;
         }
         rest[0].name = name;

@@ -82,7 +82,7 @@ impl<'a> Report<'a> {
                     "zeros": summary.zeros(),
                     "sparsity": summary.sparsity(&candidate.attention),
                     "bits_per_key_element": summary.bits(&candidate.attention),
-                    "kl": number(&summary.kl),
+                    "kl": summary.kl.as_ref().map(number),
                     "seconds": summary.seconds,
                 })
             });
@@ -102,7 +102,7 @@ impl<'a> Report<'a> {
     /// One line a task, stage, policy and metric.
     fn csv(&self) -> String {
         let mut text =
-            "task,kind,stage,name,policy,metric,value,standard_error,count,zeros,sparsity,\
+            "task,kind,stage,name,policy,thresholds,metric,value,standard_error,count,zeros,sparsity,\
                         bits_per_key_element,kl,kl_standard_error,seconds\n"
                 .to_owned();
         let optional = |x: Option<f64>| x.map_or(String::new(), |x| x.to_string());
@@ -112,17 +112,19 @@ impl<'a> Report<'a> {
                     let Estimate { value, error, count } = metric.estimate;
                     let policy = &candidate.attention;
                     text += &format!(
-                        "{},{},{},{},{policy},{},{value},{error},{count},{},{},{},{},{},{}\n",
+                        "{},{},{},{},{policy},{},{},{value},{},{count},{},{},{},{},{},{}\n",
                         quoted(&result.name),
                         result.kind.name(),
                         stage_name(result.stage),
-                        candidate.name,
-                        metric.name,
+                        quoted(&candidate.name),
+                        if candidate.thresholds.is_some() { "each head" } else { "one" },
+                        quoted(&metric.name),
+                        optional(error),
                         optional(summary.zeros()),
                         optional(summary.sparsity(policy)),
                         optional(summary.bits(policy)),
-                        summary.kl.value,
-                        summary.kl.error,
+                        optional(summary.kl.map(|kl| kl.value)),
+                        optional(summary.kl.and_then(|kl| kl.error)),
                         summary.seconds,
                     );
                 }
@@ -136,7 +138,7 @@ impl<'a> Report<'a> {
         write_whole(&out.join("results.json"), &format!("{:#}\n", self.json()))?;
         write_whole(&out.join("results.csv"), &self.csv())?;
         for result in &self.results {
-            let name = format!("{}-{}", file_name(&result.name), stage_name(result.stage));
+            let name = format!("{}-{}", result.name, stage_name(result.stage));
             for (axis, label, of) in AXES {
                 let picture = result.scatter(self.candidates, label, of);
                 if let Some(picture) = picture {
@@ -185,7 +187,7 @@ impl TaskResult {
                 optional(summary.zeros().map(percent)),
                 optional(summary.sparsity(policy).map(percent)),
                 optional(summary.bits(policy).map(|bits| format!("{bits:.2}"))),
-                versus(&summary.kl),
+                summary.kl.as_ref().map_or("-".to_owned(), versus),
                 format!("{:.1} s", summary.seconds),
             ]);
             rows.push(row);
@@ -210,7 +212,7 @@ impl TaskResult {
             Some(Point {
                 x: of(summary, candidate)?,
                 y: value,
-                error,
+                error: error.unwrap_or(0.0),
                 series: series.join(" "),
                 name,
             })
@@ -222,7 +224,7 @@ impl TaskResult {
             x: label,
             y: dense.name.clone(),
             points,
-            level: ("dense".to_owned(), dense.estimate.value, dense.estimate.error),
+            level: ("dense".to_owned(), dense.estimate.value, dense.estimate.error.unwrap_or(0.0)),
         })
     }
 }
@@ -247,15 +249,21 @@ fn number(estimate: &Estimate) -> Value {
 /// A figure with its standard error, with as many digits as the error has use for.
 fn estimate(estimate: &Estimate) -> String {
     let Estimate { value, error, .. } = *estimate;
-    if value != 0.0 && value.abs().max(error) < 1e-3 {
-        return format!("{value:.1e} ± {error:.0e}");
+    let smallest = error.filter(|error| *error > 0.0).unwrap_or(value.abs());
+    if value != 0.0 && value.abs().max(smallest) < 1e-3 {
+        return match error {
+            Some(error) => format!("{value:.1e} ± {error:.0e}"),
+            None => format!("{value:.1e}"),
+        };
     }
-    let smallest = if error > 0.0 { error } else { value.abs() };
     let digits = match smallest > 0.0 && smallest.is_finite() {
         true => (1.0 - smallest.log10().floor()).clamp(1.0, 5.0) as usize,
         false => 1,
     };
-    format!("{value:.digits$} ± {error:.digits$}")
+    match error {
+        Some(error) => format!("{value:.digits$} ± {error:.digits$}"),
+        None => format!("{value:.*}", digits + 2),
+    }
 }
 
 /// Columns as wide as they need, the first to the left, as a table that Markdown reads, too.
@@ -284,9 +292,4 @@ fn quoted(text: &str) -> String {
         true => format!("\"{}\"", text.replace('"', "\"\"")),
         false => text.to_owned(),
     }
-}
-
-/// A task's name as part of a file's name.
-fn file_name(name: &str) -> String {
-    name.chars().map(|c| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect()
 }

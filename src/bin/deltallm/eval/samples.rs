@@ -1,8 +1,9 @@
 //! Every row's outcomes in a file, so that a run that was stopped can go on.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::fmt;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use deltallm::Error;
@@ -30,31 +31,44 @@ struct Sample {
 }
 
 /// Outcomes that are there, and a file that takes more.
+#[derive(Default)]
 pub struct Samples {
     found: HashMap<(bool, usize, usize), Vec<Outcome>>,
+    /// Without one nothing is kept.
     file: Option<(PathBuf, File)>,
 }
 
 impl Samples {
-    /// Without a directory nothing is kept.
-    pub fn open(out: Option<&Path>, fresh: bool, settings: &str) -> Result<Self, Error> {
-        let mut samples = Self { found: HashMap::new(), file: None };
-        let Some(out) = out else { return Ok(samples) };
+    /// Opens or makes the file in a directory; what other settings have left there is an error.
+    pub fn open(out: &Path, fresh: bool, settings: &Fingerprint) -> Result<Self, Error> {
+        let mut samples = Self::default();
         let path = out.join(FILE);
         let io = |source| Error::Io { path: path.clone(), source };
+        let malformed =
+            |message: &str| Error::Malformed { path: path.clone(), message: message.to_owned() };
         fs::create_dir_all(out).map_err(|source| Error::Io { path: out.to_owned(), source })?;
-        let header = Header { deltallm_eval: VERSION, settings: fingerprint(settings) };
-        let mut whole = 0;
-        if !fresh && path.exists() {
-            let text = fs::read_to_string(&path).map_err(io)?;
-            whole = samples.read(&path, &text, &header)?;
+        let header = Header { deltallm_eval: VERSION, settings: settings.to_string() };
+        let mut options = OpenOptions::new();
+        let mut file = options.create(true).read(true).append(true).open(&path).map_err(io)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(malformed("is being written by another run"));
+            }
+            // Some file systems have no locks.
+            Err(TryLockError::Error(error)) => log::warn!("{}: {error}", path.display()),
         }
-        // The last line of a run that was killed may be torn: it is written again.
-        let mut file = OpenOptions::new();
-        let mut file =
-            file.create(true).write(true).truncate(whole == 0).open(&path).map_err(io)?;
+        let mut whole = 0;
+        if !fresh {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).map_err(io)?;
+            // The last line of a run that was killed may be torn: it is written again.
+            whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+            bytes.truncate(whole);
+            let text = String::from_utf8(bytes).map_err(|_| malformed("is not UTF-8"))?;
+            samples.read(&path, &text, &header)?;
+        }
         file.set_len(whole as u64).map_err(io)?;
-        std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).map_err(io)?;
         samples.file = Some((path.clone(), file));
         if whole == 0 {
             samples.line(&header)?;
@@ -62,26 +76,25 @@ impl Samples {
         Ok(samples)
     }
 
-    /// Reads what is there; returns how many bytes of it are whole lines.
-    fn read(&mut self, path: &Path, text: &str, header: &Header) -> Result<usize, Error> {
+    /// Reads whole lines.
+    fn read(&mut self, path: &Path, text: &str, header: &Header) -> Result<(), Error> {
         let malformed = |message: String| Error::Malformed { path: path.to_owned(), message };
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
-        let mut lines = text[..whole].lines();
-        let Some(first) = lines.next() else { return Ok(0) };
+        let mut lines = text.lines();
+        let Some(first) = lines.next() else { return Ok(()) };
         if serde_json::from_str::<Header>(first).ok().as_ref() != Some(header) {
             return Err(malformed(
-                "holds the outcomes of other tasks, settings or another model: choose another \
-                 --out, or start over with --fresh"
+                "holds the outcomes of other tasks or settings, or of another model or device: \
+                 choose another --out, or start over with --fresh"
                     .into(),
             ));
         }
         for (number, line) in lines.enumerate() {
             let sample: Sample = serde_json::from_str(line)
                 .map_err(|error| malformed(format!("line {}: {error}", number + 2)))?;
-            self.found
-                .insert((sample.stage == Stage::Decode, sample.task, sample.row), sample.outcomes);
+            let key = (sample.stage == Stage::Decode, sample.task, sample.row);
+            self.found.insert(key, sample.outcomes);
         }
-        Ok(whole)
+        Ok(())
     }
 
     /// The outcomes of a row, if an earlier run has them.
@@ -113,12 +126,36 @@ impl Samples {
     }
 }
 
-/// FNV-1a of a text, in two halves with different starts: enough to tell settings apart, and the
-/// same in every build.
-fn fingerprint(text: &str) -> String {
-    let hash = |start: u64| {
-        text.bytes()
-            .fold(start, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
-    };
-    format!("{:016x}{:016x}", hash(0xcbf2_9ce4_8422_2325), hash(0x6c62_272e_07bb_0142))
+/// FNV-1a with two starts: enough to tell settings apart, and the same in every build.
+pub struct Fingerprint([u64; 2]);
+
+impl Default for Fingerprint {
+    fn default() -> Self {
+        Self([0xcbf2_9ce4_8422_2325, 0x6c62_272e_07bb_0142])
+    }
+}
+
+impl Fingerprint {
+    /// Adds a value as `Debug` writes it, which for floats is exact.
+    pub fn add(&mut self, value: &impl fmt::Debug) {
+        // Writing into a hash does not fail.
+        let _ = fmt::Write::write_fmt(self, format_args!("{value:?}\n"));
+    }
+}
+
+impl fmt::Write for Fingerprint {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for hash in &mut self.0 {
+            for byte in text.bytes() {
+                *hash = (*hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}{:016x}", self.0[0], self.0[1])
+    }
 }
