@@ -283,7 +283,7 @@ fn what_is_wrong_with_a_file_is_said_with_line_and_field() {
         ("[]", "line 2: is not a JSON object"),
         (r#"{"context": "a", "choices": [" b", " c"]}"#, "\"label\" is missing"),
         (r#"{"context": "a", "choices": [" b", " c"], "label": 2}"#, "expected 0 to 1"),
-        (r#"{"context": "a", "choices": [" b"], "label": 0}"#, "1 choices"),
+        (r#"{"context": "a", "choices": [" b"], "label": 0}"#, "has 1 texts"),
         (r#"{"context": "a", "choices": [" b", " "], "label": 0}"#, "choice 1 is empty"),
         (r#"{"context": 5, "choices": [" b", " c"], "label": 0}"#, "is a number, expected a text"),
         (r#"{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}"#, "no _"),
@@ -298,7 +298,7 @@ fn what_is_wrong_with_a_file_is_said_with_line_and_field() {
     }
     for (name, bytes, what) in [
         ("empty.jsonl", &b"\n"[..], "has no rows"),
-        ("empty.txt", b"", "an empty text"),
+        ("empty.txt", b"", "row 1: the text is empty"),
         ("latin.txt", b"caf\xe9", "is not UTF-8: byte 3"),
         ("other.json", b"{}", "SQuAD's format"),
     ] {

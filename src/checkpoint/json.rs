@@ -37,6 +37,8 @@ impl Object {
     }
 
     fn parse(path: PathBuf, text: &[u8]) -> Result<Self> {
+        // Some editors begin a file with a byte order mark.
+        let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
         let message = match serde_json::from_slice(text) {
             Ok(Value::Object(fields)) => return Ok(Self { path, prefix: String::new(), fields }),
             Ok(_) => "is not a JSON object".into(),

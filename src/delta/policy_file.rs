@@ -236,8 +236,7 @@ impl Measured {
                 "dense_perplexity",
             ],
         )?;
-        // What JSON has no name for was written as null.
-        let number = |field| Ok::<_, Error>(object.number(field)?.unwrap_or(f64::NAN));
+        let number = |field| object.required(field, object.number(field)?);
         Ok(Self {
             policy: text(object, "policy")?,
             text: text(object, "text")?,

@@ -159,7 +159,7 @@ mod tests {
         assert!(kl > 0.0 && (found[1].kl - kl).abs() < 1e-6 * kl.max(1e-3), "{found:?} {kl}");
         assert!((found[1].nats[1] - nats).abs() < 1e-9 * nats, "{found:?} {nats}");
         assert_eq!(found[1].nats[0], found[0].nats[0]);
-        assert_eq!(found[1].statistics.length, 100);
+        assert_eq!(found[1].statistics.length, 99);
 
         let mut both = found[1].clone();
         both += &found[1];

@@ -56,6 +56,9 @@ pub(super) fn content(object: &Object) -> Parsed<Content> {
 
 fn choice(object: &Object) -> Parsed<Content> {
     let (context, choices) = (text(object, "context")?, texts(object, "choices")?);
+    if choices.len() < 2 {
+        return Err(format!("field \"choices\" has {} texts, expected 2 or more", choices.len()));
+    }
     let label = index(object, "label", 0, choices.len())?;
     paired(choices.into_iter().map(|choice| (context.clone(), choice)).collect(), label)
 }
@@ -65,6 +68,11 @@ fn winogrande(object: &Object) -> Parsed<Content> {
     let Some((before, after)) = sentence.split_once('_') else {
         return Err("field \"sentence\" has no _ to be filled".into());
     };
+    if after.trim().is_empty() {
+        return Err(
+            "field \"sentence\" has nothing after its _, by which options are told apart".into()
+        );
+    }
     let after = format!(" {}", after.trim());
     let pairs = ["option1", "option2"]
         .into_iter()

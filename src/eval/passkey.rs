@@ -15,6 +15,8 @@ const DULL: [&str; 6] = [
     "The day goes on as the days before it did.",
 ];
 
+/// Rows of a task.
+const MOST: usize = 10_000;
 /// The shortest prompt, in tokens.
 const SHORTEST: usize = 64;
 
@@ -38,6 +40,16 @@ impl PasskeyOptions {
     /// # Errors
     /// A length or depth out of range; a length in which nothing but the question has room.
     pub fn task(&self, tokenizer: &Tokenizer, context: usize) -> Result<Task> {
+        let count = self.lengths.len().saturating_mul(self.depths.len()).saturating_mul(self.count);
+        if !(1..=MOST).contains(&count) {
+            let allowed = format!(
+                "makes {count} rows of {} lengths and {} depths, must make 1 to {MOST}",
+                self.lengths.len(),
+                self.depths.len()
+            );
+            let value = self.count.to_string();
+            return Err(Error::Parameter { name: "passkey-count", value, allowed });
+        }
         let mut rows = Vec::new();
         let mut state = self.seed;
         for &length in &self.lengths {
@@ -60,10 +72,6 @@ impl PasskeyOptions {
                     rows.push(Row { id, content });
                 }
             }
-        }
-        if rows.is_empty() {
-            let (value, allowed) = ("none".into(), "at least one length, depth and key".into());
-            return Err(Error::Parameter { name: "passkey", value, allowed });
         }
         Ok(Task { name: "passkey".into(), kind: TaskKind::Passkey, rows })
     }

@@ -134,10 +134,8 @@ impl Task {
                 at + 1
             )));
         }
-        if kind == TaskKind::Text
-            && rows.iter().any(|row| row.content == Content::Text(String::new()))
-        {
-            return Err(malformed("holds an empty text".into()));
+        if let Some(at) = rows.iter().position(|row| row.content == Content::Text(String::new())) {
+            return Err(malformed(format!("row {}: the text is empty", at + 1)));
         }
         Ok(Self { name, kind, rows })
     }

@@ -5,7 +5,9 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use deltallm::delta::{Measured, PolicyFile};
-use deltallm::eval::{Budget, Calibrated, CalibrationProgress, CalibrationText, calibrate};
+use deltallm::eval::{
+    Budget, Calibrated, CalibrationProgress, CalibrationText, Divergence, calibrate,
+};
 use deltallm::{Cancel, Error};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -99,6 +101,10 @@ pub fn run(args: &Args) -> Outcome {
     let limit = model.config().context;
     // Half of a short text is held out.
     let halves = (beginning.len() + ids.len() / 2).max(attention.policy.page + 1);
+    if ids.len() < attention.policy.page {
+        let message = format!("has {} tokens, fewer than a page of keys", ids.len());
+        return Err(Error::Malformed { path: args.text.clone(), message }.into());
+    }
     let length = args.length.unwrap_or(LENGTH.min(limit).min(halves));
     let text = CalibrationText::new(&beginning, &ids, length, args.segments as usize)?;
     if text.held_out.is_empty() {
@@ -207,6 +213,18 @@ fn print(found: &Calibrated, text: &CalibrationText, budget: Budget) -> io::Resu
         )?;
     }
     let [global, calibrated] = &found.compared;
+    let spent = |found: &Divergence| match budget {
+        Budget::Kl(most) => found.mean_kl().map(|kl| kl > most),
+        Budget::Perplexity(most) => found.perplexity_increase().map(|share| share > most),
+        Budget::Sparsity(_) => Some(calibrated.mean_kl() > global.mean_kl()),
+    };
+    if !text.held_out.is_empty() && spent(calibrated) == Some(true) {
+        let what = match budget {
+            Budget::Sparsity(_) => "one threshold for all does better",
+            _ => "the budget is not kept",
+        };
+        say!("warning: on the held-out text {what}: give more text, or more --segments");
+    }
     let change = 100.0 * (calibrated.kl / global.kl - 1.0);
     // At unequal sparsity the two cannot be compared.
     let shares = [global, calibrated].map(|found| found.statistics.total().zero_share());

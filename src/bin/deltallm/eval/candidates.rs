@@ -15,7 +15,7 @@ pub fn list(base: &Attention, sweeps: &[String], more: &[String]) -> Result<Vec<
     let dense = Attention { policy: AttentionPolicy::plain(CacheFormat::F32), thresholds: None };
     let mut found = vec![(dense, None)];
     if sweeps.is_empty() {
-        if base.policy != AttentionPolicy::dense() || more.is_empty() {
+        if base.policy != AttentionPolicy::dense() {
             found.push((base.clone(), None));
         }
     } else if base.thresholds.is_some() {
@@ -27,7 +27,14 @@ pub fn list(base: &Attention, sweeps: &[String], more: &[String]) -> Result<Vec<
         });
     } else {
         let mut texts = vec![base.policy.to_string()];
-        for sweep in sweeps {
+        for (at, sweep) in sweeps.iter().enumerate() {
+            let field = |sweep: &String| sweep.split('=').next().unwrap_or_default().to_owned();
+            if sweeps[..at].iter().any(|before| field(before) == field(sweep)) {
+                return Err(refused(
+                    sweep,
+                    "names a field that another sweep has: list its values in one",
+                ));
+            }
             texts = swept(&texts, sweep)?;
         }
         for text in texts {
@@ -62,13 +69,8 @@ fn given(text: &str) -> Result<(Attention, Option<String>), Error> {
 
 /// Each policy with each value of `field=a,b,..`.
 fn swept(texts: &[String], sweep: &str) -> Result<Vec<String>, Error> {
-    let refused = |allowed: &str| Error::Parameter {
-        name: "sweep",
-        value: sweep.to_owned(),
-        allowed: allowed.to_owned(),
-    };
     let Some((field, values)) = sweep.split_once('=') else {
-        return Err(refused("must be FIELD=VALUE,VALUE,.. with a field of a policy"));
+        return Err(refused(sweep, "must be FIELD=VALUE,VALUE,.. with a field of a policy"));
     };
     let mut out = Vec::new();
     for text in texts {
@@ -76,12 +78,24 @@ fn swept(texts: &[String], sweep: &str) -> Result<Vec<String>, Error> {
             text.split_whitespace().filter_map(|word| word.split_once('=')).collect();
         for value in values.split(',') {
             if value.is_empty() {
-                return Err(refused("has an empty value"));
+                return Err(refused(sweep, "has an empty value"));
             }
             out.push(with(&pairs, field, value));
         }
     }
+    let has =
+        |text: &String| text.split_whitespace().any(|word| word.starts_with(&format!("{field}=")));
+    if !out.iter().any(has) {
+        return Err(refused(
+            sweep,
+            "has no effect with these keys: it needs --attention delta or other --keys",
+        ));
+    }
     Ok(out)
+}
+
+fn refused(sweep: &str, allowed: &str) -> Error {
+    Error::Parameter { name: "sweep", value: sweep.to_owned(), allowed: allowed.to_owned() }
 }
 
 /// A policy's text with another value for one field, without the fields that have no effect then.
@@ -170,12 +184,16 @@ mod tests {
             "channel4 page=64",
         ];
         assert_eq!(found, expected);
-        assert_eq!(names("dense", &[], &[]), ["dense", "plain"]);
+        assert_eq!(names("dense", &[], &[]), ["dense"]);
     }
 
     #[test]
     fn what_is_no_policy_is_refused() {
         let dense = Attention { policy: AttentionPolicy::delta(), thresholds: None };
+        let twice = ["theta=1".into(), "theta=2".into()];
+        assert!(list(&dense, &twice, &[]).is_err());
+        let plain = Attention { policy: AttentionPolicy::dense(), thresholds: None };
+        assert!(list(&plain, &["theta=1".into()], &[]).is_err());
         for sweep in ["theta", "theta=", "theta=1,,2", "thetta=1", "page=20"] {
             assert!(list(&dense, &[sweep.into()], &[]).is_err(), "{sweep}");
         }

@@ -9,7 +9,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use deltallm::eval::{Candidate, PasskeyOptions, PrepareOptions, Prepared, Scorer, Stage, Task};
+use deltallm::eval::{
+    Candidate, PasskeyOptions, PrepareOptions, Prepared, Scorer, Stage, Task, TaskKind,
+};
 use deltallm::{Cancel, Error, Model};
 
 use crate::args::ModelArgs;
@@ -82,9 +84,8 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     stride: Option<usize>,
 
-    /// Tokens that an answer may have
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    answer_tokens: usize,
+    #[arg(long, value_name = "N", help = "Tokens that an answer may have [default: 32]")]
+    answer_tokens: Option<usize>,
 
     /// Make a passkey task with prompts of these lengths in tokens
     #[arg(long, value_name = "N,..", value_delimiter = ',')]
@@ -174,6 +175,7 @@ pub fn run(args: &Args) -> Outcome {
         };
         tasks.push(options.task(model.tokenizer(), model.config().context)?);
     }
+    args.check_effect(&tasks)?;
     names_differ(&mut tasks);
     let work = args.prepare(model, tasks)?;
     let samples = match &args.out {
@@ -247,7 +249,23 @@ impl Args {
     fn prepare_options(&self, model: &Model) -> PrepareOptions {
         let length = self.length.unwrap_or(WINDOW.min(model.config().context));
         let stride = self.stride.unwrap_or((length / 2).max(1));
-        PrepareOptions { length, stride, answer: self.answer_tokens }
+        PrepareOptions { length, stride, answer: self.answer_tokens.unwrap_or(32) }
+    }
+
+    /// Refuses options that no task heeds.
+    fn check_effect(&self, tasks: &[Task]) -> Result<(), Error> {
+        let has = |kind| tasks.iter().any(|task| task.kind == kind);
+        for (name, value, kind) in [
+            ("length", self.length, TaskKind::Text),
+            ("stride", self.stride, TaskKind::Text),
+            ("answer-tokens", self.answer_tokens, TaskKind::Question),
+        ] {
+            if let Some(value) = value.filter(|_| !has(kind)) {
+                let allowed = format!("has no effect: no task is of kind {}", kind.name());
+                return Err(Error::Parameter { name, value: value.to_string(), allowed });
+            }
+        }
+        Ok(())
     }
 
     /// Makes tokens of all rows, so that what is wrong with one is found before the work begins.

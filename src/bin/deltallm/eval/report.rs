@@ -180,10 +180,15 @@ impl TaskResult {
                 0 => "-".to_owned(),
                 _ => estimate(figure),
             };
+            // Perplexity changes by a share of itself, everything else by so much.
+            let change = match self.kind {
+                TaskKind::Text if index > 0 => estimate(&summary.change.times(100.0)) + " %",
+                _ => versus(&summary.change),
+            };
             let mut row = vec![candidate.name.clone()];
             row.extend(shown.iter().map(|&index| estimate(&summary.metrics[index].estimate)));
             row.extend([
-                versus(&summary.change),
+                change,
                 optional(summary.zeros().map(percent)),
                 optional(summary.sparsity(policy).map(percent)),
                 optional(summary.bits(policy).map(|bits| format!("{bits:.2}"))),
@@ -193,6 +198,13 @@ impl TaskResult {
             rows.push(row);
         }
         text += &aligned(&rows);
+        let idle = |(candidate, summary): (&Candidate, &Summary)| {
+            !candidate.attention.is_dense() && summary.keys.elements == 0
+        };
+        if candidates.iter().zip(&self.summaries).any(idle) {
+            text += "\nNo bits: no row has a full page beside what is seen exactly, and nothing was \
+                     compressed. A smaller --page, or longer rows, would.\n";
+        }
         text
     }
 

@@ -46,6 +46,10 @@ impl Samples {
         let io = |source| Error::Io { path: path.clone(), source };
         let malformed =
             |message: &str| Error::Malformed { path: path.clone(), message: message.to_owned() };
+        if out.exists() && !out.is_dir() {
+            let message = "is not a directory".into();
+            return Err(Error::Malformed { path: out.to_owned(), message });
+        }
         fs::create_dir_all(out).map_err(|source| Error::Io { path: out.to_owned(), source })?;
         let header = Header { deltallm_eval: VERSION, settings: settings.to_string() };
         let mut options = OpenOptions::new();
