@@ -369,7 +369,7 @@ fn a_run_writes_tables_files_and_pictures_and_goes_on_where_it_stopped() {
     );
     let csv = fs::read_to_string(out.join("results.csv")).expect("CSV");
     let columns = |line: &str| line.split(',').count();
-    assert!(csv.lines().count() > 8 && csv.lines().all(|line| columns(line) == 15), "{csv}");
+    assert!(csv.lines().count() > 8 && csv.lines().all(|line| columns(line) == 16), "{csv}");
     for name in ["choice-prefill-bits.svg", "question-prefill-sparsity.svg"] {
         let picture = fs::read_to_string(out.join(name)).expect(name);
         assert!(picture.starts_with("<svg") && picture.contains("delta"), "{picture}");
