@@ -151,14 +151,13 @@ impl Scatter {
             for point in points {
                 let (x, y) = (at_x(point.x), at_y(point.y));
                 let (up, down) = (at_y(point.y + point.error), at_y(point.y - point.error));
-                let dot = Circle::new().set("cx", x).set("cy", y).set("r", 4).set("fill", colour);
+                let dot = dot(x, y, index);
                 group = group
                     .add(line(x, up, x, down, colour, 1.5))
                     .add(dot.add(Title::new(format!("{}: {:.4}", point.name, point.y))));
             }
             let y = TOP + HEIGHT + BOTTOM + LEGEND_LINE * index as f64;
-            let dot = Circle::new().set("cx", LEFT + 8.0).set("cy", y - 4.0).set("r", 4);
-            document = document.add(group).add(dot.set("fill", colour)).add(text(
+            document = document.add(group).add(dot(LEFT + 8.0, y - 4.0, index)).add(text(
                 name,
                 LEFT + 24.0,
                 y,
@@ -174,6 +173,19 @@ impl Scatter {
             "start",
         ))
     }
+}
+
+/// The dot of a series: full, and hollow where the colours begin anew.
+fn dot(x: f64, y: f64, series: usize) -> Circle {
+    let colour = COLOURS[series % COLOURS.len()];
+    let hollow = series / COLOURS.len() % 2 == 1;
+    Circle::new()
+        .set("cx", x)
+        .set("cy", y)
+        .set("r", 4)
+        .set("fill", if hollow { "white" } else { colour })
+        .set("stroke", colour)
+        .set("stroke-width", 2)
 }
 
 fn line(x1: f64, y1: f64, x2: f64, y2: f64, colour: &str, width: f64) -> Line {
