@@ -462,7 +462,7 @@ def main() -> None:
     )
     parser.add_argument("model", choices=list(MUON_RATE))
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--tokens", type=float, default=16e6, help="how many to train on")
+    parser.add_argument("--tokens", type=float, default=13e6, help="how many to train on")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="hurry, on a slow or busy machine, to end by then"
     )
