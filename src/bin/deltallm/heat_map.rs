@@ -1,7 +1,9 @@
 //! Heat maps as SVG, for people: a title, axes with units, a colour bar with numbers.
 
 use svg::Document;
-use svg::node::element::{Group, Line, Path, Polyline, Rectangle, Text, Title};
+use svg::node::element::{Group, Line, Path, Polyline, Rectangle, Text};
+
+use crate::picture::{FAINT, INK, line, page, text};
 
 /// Width of a picture in pixels.
 const WIDTH: f64 = 900.0;
@@ -13,8 +15,6 @@ const BOTTOM: f64 = 62.0;
 const LEGEND_LINE: f64 = 22.0;
 /// Colours of a scale; more cannot be told apart, and cells of one colour share one path.
 const LEVELS: usize = 24;
-const INK: &str = "#222222";
-const FAINT: &str = "#666666";
 
 /// A matrix of numbers, drawn as coloured cells.
 pub struct HeatMap {
@@ -128,15 +128,7 @@ impl HeatMap {
             .set("height", height)
             .set("fill", "none")
             .set("stroke", INK);
-        let mut document = Document::new()
-            .set("viewBox", (0, 0, WIDTH, whole))
-            .set("width", WIDTH)
-            .set("height", whole)
-            .set("font-family", "system-ui, 'DejaVu Sans', Arial, sans-serif")
-            .set("font-size", 13)
-            .add(Title::new(&self.title))
-            .add(Rectangle::new().set("width", WIDTH).set("height", whole).set("fill", "white"))
-            .add(text(&self.title, 20.0, 32.0, "start").set("font-size", 19))
+        let mut document = page(&self.title, WIDTH, whole)
             .add(self.draw_subtitle())
             .add(self.draw_cells(width, height))
             .add(self.draw_numbers(width, height))
@@ -232,7 +224,7 @@ impl HeatMap {
         let (rows, columns) = self.size();
         for (place, number) in self.x.ticks(columns, width / 56.0) {
             let x = LEFT + place * width;
-            document = document.add(tick(x, TOP + height, x, TOP + height + 5.0)).add(text(
+            document = document.add(line(x, TOP + height, x, TOP + height + 5.0)).add(text(
                 &number,
                 x,
                 TOP + height + 19.0,
@@ -241,7 +233,7 @@ impl HeatMap {
         }
         for (place, number) in self.y.ticks(rows, height / 24.0) {
             let y = TOP + place * height;
-            document = document.add(tick(LEFT - 5.0, y, LEFT, y)).add(text(
+            document = document.add(line(LEFT - 5.0, y, LEFT, y)).add(text(
                 &number,
                 LEFT - 9.0,
                 y + 4.0,
@@ -276,7 +268,7 @@ impl HeatMap {
         document = document.add(frame);
         for (place, number) in self.scale.ticks((height / 40.0).clamp(1.0, 5.0)) {
             let y = TOP + height * (1.0 - place);
-            document = document.add(tick(x + 16.0, y, x + 20.0, y)).add(text(
+            document = document.add(line(x + 16.0, y, x + 20.0, y)).add(text(
                 &number,
                 x + 24.0,
                 y + 4.0,
@@ -329,12 +321,4 @@ fn round_step(least: f64) -> f64 {
         }
         ten *= 10.0;
     }
-}
-
-fn text(content: &str, x: f64, y: f64, anchor: &str) -> Text {
-    Text::new(content).set("x", x).set("y", y).set("text-anchor", anchor).set("fill", INK)
-}
-
-fn tick(x1: f64, y1: f64, x2: f64, y2: f64) -> Line {
-    Line::new().set("x1", x1).set("y1", y1).set("x2", x2).set("y2", y2).set("stroke", INK)
 }

@@ -13,6 +13,7 @@ mod inspect;
 mod inspect_attention;
 mod logits;
 mod output;
+mod picture;
 mod scatter;
 
 use std::process::ExitCode;

@@ -1,7 +1,9 @@
 //! Points with error bars as SVG, for people: series in colours, a level that they are compared with.
 
 use svg::Document;
-use svg::node::element::{Circle, Group, Line, Rectangle, Text, Title};
+use svg::node::element::{Circle, Group, Rectangle, Title};
+
+use crate::picture::{FAINT, line, page, text};
 
 const WIDTH: f64 = 760.0;
 const LEFT: f64 = 84.0;
@@ -10,8 +12,6 @@ const TOP: f64 = 56.0;
 const HEIGHT: f64 = 320.0;
 const BOTTOM: f64 = 62.0;
 const LEGEND_LINE: f64 = 20.0;
-const INK: &str = "#222222";
-const FAINT: &str = "#888888";
 /// Colours that can be told apart by the colour-blind, too (Okabe and Ito).
 const COLOURS: [&str; 7] =
     ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
@@ -92,32 +92,18 @@ impl Scatter {
         let whole = TOP + HEIGHT + BOTTOM + legend;
         let at_x = |value: f64| LEFT + x.place(value) * width;
         let at_y = |value: f64| TOP + (1.0 - y.place(value)) * HEIGHT;
-        let mut document = Document::new()
-            .set("viewBox", (0, 0, WIDTH, whole))
-            .set("width", WIDTH)
-            .set("height", whole)
-            .set("font-family", "system-ui, 'DejaVu Sans', Arial, sans-serif")
-            .set("font-size", 13)
-            .add(Title::new(&self.title))
-            .add(Rectangle::new().set("width", WIDTH).set("height", whole).set("fill", "white"))
-            .add(text(&self.title, 20.0, 32.0, "start").set("font-size", 18));
+        let mut document = page(&self.title, WIDTH, whole);
         for (value, number) in x.ticks() {
             let at = at_x(value);
-            document = document.add(line(at, TOP, at, TOP + HEIGHT, "#eeeeee", 1.0)).add(text(
-                &number,
-                at,
-                TOP + HEIGHT + 18.0,
-                "middle",
-            ));
+            document = document
+                .add(line(at, TOP, at, TOP + HEIGHT).set("stroke", "#eeeeee"))
+                .add(text(&number, at, TOP + HEIGHT + 18.0, "middle"));
         }
         for (value, number) in y.ticks() {
             let at = at_y(value);
-            document = document.add(line(LEFT, at, LEFT + width, at, "#eeeeee", 1.0)).add(text(
-                &number,
-                LEFT - 8.0,
-                at + 4.0,
-                "end",
-            ));
+            document = document
+                .add(line(LEFT, at, LEFT + width, at).set("stroke", "#eeeeee"))
+                .add(text(&number, LEFT - 8.0, at + 4.0, "end"));
         }
         let (up, down) = (at_y(level + level_error), at_y(level - level_error));
         document = document
@@ -130,9 +116,13 @@ impl Scatter {
                     .set("fill", "#dddddd")
                     .set("fill-opacity", 0.6),
             )
-            .add(line(LEFT, at_y(level), LEFT + width, at_y(level), FAINT, 1.5))
-            .add(line(LEFT, TOP, LEFT, TOP + HEIGHT, INK, 1.0))
-            .add(line(LEFT, TOP + HEIGHT, LEFT + width, TOP + HEIGHT, INK, 1.0))
+            .add(
+                line(LEFT, at_y(level), LEFT + width, at_y(level))
+                    .set("stroke", FAINT)
+                    .set("stroke-width", 1.5),
+            )
+            .add(line(LEFT, TOP, LEFT, TOP + HEIGHT))
+            .add(line(LEFT, TOP + HEIGHT, LEFT + width, TOP + HEIGHT))
             .add(text(self.x, LEFT + width / 2.0, TOP + HEIGHT + 40.0, "middle"));
         let (side, middle) = (26.0, TOP + HEIGHT / 2.0);
         let label = text(&self.y, side, middle, "middle");
@@ -146,14 +136,15 @@ impl Scatter {
             for pair in points.windows(2) {
                 let (x1, y1) = (at_x(pair[0].x), at_y(pair[0].y));
                 let (x2, y2) = (at_x(pair[1].x), at_y(pair[1].y));
-                group = group.add(line(x1, y1, x2, y2, colour, 1.0).set("stroke-opacity", 0.5));
+                group = group
+                    .add(line(x1, y1, x2, y2).set("stroke", colour).set("stroke-opacity", 0.5));
             }
             for point in points {
                 let (x, y) = (at_x(point.x), at_y(point.y));
                 let (up, down) = (at_y(point.y + point.error), at_y(point.y - point.error));
                 let dot = dot(x, y, index);
                 group = group
-                    .add(line(x, up, x, down, colour, 1.5))
+                    .add(line(x, up, x, down).set("stroke", colour).set("stroke-width", 1.5))
                     .add(dot.add(Title::new(format!("{}: {:.4}", point.name, point.y))));
             }
             let y = TOP + HEIGHT + BOTTOM + LEGEND_LINE * index as f64;
@@ -166,12 +157,13 @@ impl Scatter {
         }
         let y = TOP + HEIGHT + BOTTOM + LEGEND_LINE * series.len() as f64;
         let level = format!("{}, ± one standard error, as the bars", self.level.0);
-        document.add(line(LEFT, y - 4.0, LEFT + 16.0, y - 4.0, FAINT, 1.5)).add(text(
-            &level,
-            LEFT + 24.0,
-            y,
-            "start",
-        ))
+        document
+            .add(
+                line(LEFT, y - 4.0, LEFT + 16.0, y - 4.0)
+                    .set("stroke", FAINT)
+                    .set("stroke-width", 1.5),
+            )
+            .add(text(&level, LEFT + 24.0, y, "start"))
     }
 }
 
@@ -186,22 +178,4 @@ fn dot(x: f64, y: f64, series: usize) -> Circle {
         .set("fill", if hollow { "white" } else { colour })
         .set("stroke", colour)
         .set("stroke-width", 2)
-}
-
-fn line(x1: f64, y1: f64, x2: f64, y2: f64, colour: &str, width: f64) -> Line {
-    Line::new()
-        .set("x1", x1)
-        .set("y1", y1)
-        .set("x2", x2)
-        .set("y2", y2)
-        .set("stroke", colour)
-        .set("stroke-width", width)
-}
-
-fn text(content: &str, x: f64, y: f64, anchor: &str) -> Text {
-    Text::new(content)
-        .set("x", x)
-        .set("y", y)
-        .set("text-anchor", anchor.to_owned())
-        .set("fill", INK)
 }
