@@ -358,6 +358,27 @@ fn a_wrong_config_field_is_named() {
 }
 
 #[test]
+fn sampling_is_recommended_by_the_generation_config_and_bad_advice_is_no_obstacle() {
+    let sampling = |generation: serde_json::Value| {
+        let copy = Copy::of("llama-32");
+        copy.json("generation_config.json", |json| *json = generation);
+        Checkpoint::open(copy.0.path()).expect("opens").config.sampling
+    };
+    let found = sampling(json!({ "do_sample": true, "temperature": 0.6, "top_p": 0.9 }));
+    assert_eq!((found.temperature, found.top_p, found.top_k), (0.6, 0.9, 50));
+    // What is recommended for drawing says nothing where nothing is drawn.
+    let found = sampling(json!({ "temperature": 0.6, "repetition_penalty": 1.2 }));
+    assert_eq!((found.temperature, found.repetition_penalty), (0.0, 1.2));
+    for bad in [
+        json!({ "do_sample": true, "top_p": 0.0 }),
+        json!({ "do_sample": true, "temperature": -1 }),
+        json!({ "do_sample": "yes", "temperature": [] }),
+    ] {
+        assert_eq!(sampling(bad), deltallm::Sampling::default());
+    }
+}
+
+#[test]
 fn end_of_sequence_ids_come_from_the_generation_config_first() {
     let copy = Copy::of("llama-64");
     copy.json("config.json", |json| json["eos_token_id"] = json!(3));
