@@ -179,8 +179,8 @@ mod tests {
         let found = names("delta", &["page=32,64"], &["keys=channel4"]);
         let expected = [
             "dense",
-            "delta theta=0.7sigma page=64",
             "delta theta=0.7sigma page=32",
+            "delta theta=0.7sigma page=64",
             "channel4 page=64",
         ];
         assert_eq!(found, expected);
