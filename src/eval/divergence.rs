@@ -72,7 +72,7 @@ impl AddAssign<&Self> for Divergence {
 /// # Errors
 /// [`Error::Parameter`](crate::Error::Parameter) where the two differ in [`LogitsOptions::prompt`] or
 /// [`LogitsOptions::from`], so that their rows would not be of the same tokens; and as
-/// [`LogitsRun`], [`Error::Cancelled`](crate::Error::Cancelled) among them.
+/// [`LogitsRun`](crate::LogitsRun), [`Error::Cancelled`](crate::Error::Cancelled) among them.
 pub fn divergence(
     model: &Model,
     ids: &[u32],

@@ -54,7 +54,7 @@ pub struct Calibrated {
 /// Finds thresholds for each layer and KV head that keep `budget` on the fitting segments of `text`.
 ///
 /// A dense run gives what the attention of each layer sees; on it the zeros and the error of each
-/// head's output are measured for a grid of thresholds ([`LayerTrace::curve`]), and [`allocate`]
+/// head's output are measured for a grid of thresholds ([`LayerTrace::curve`]), and [`allocate`](crate::delta::allocate)
 /// makes of these a family of choices, from few zeros to many. What an error of a layer costs the
 /// model is measured: by how much the divergence from dense attention grows when this layer alone
 /// has larger thresholds. In that family the model is run, until the budget is kept in real runs:
@@ -62,7 +62,7 @@ pub struct Calibrated {
 ///
 /// # Errors
 /// A policy without delta keys or out of range; a budget that cannot be kept, which says what can; a
-/// segment without a full page; [`Error::Cancelled`]; and as [`divergence`].
+/// segment without a full page; [`Error::Cancelled`]; and as [`divergence`](crate::eval::divergence).
 pub fn calibrate(
     model: &Model,
     text: &CalibrationText,
