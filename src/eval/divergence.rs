@@ -167,6 +167,11 @@ mod tests {
         assert_eq!(both.mean_kl(), found[1].mean_kl());
         assert_eq!(both.statistics.total().zeros, 2 * found[1].statistics.total().zeros);
 
+        // Of the last token only the probability is taken, which must not go unchecked.
+        let beyond = [1, 2, model.config().vocabulary as u32];
+        let error = divergence(&model, &beyond, &dense, &dense, &cancel).expect_err("refused");
+        assert!(matches!(error, crate::Error::TokenOutOfRange { .. }), "{error}");
+
         let elsewhere = LogitsOptions { from: 0, ..delta };
         let error = divergence(&model, &ids, &dense, &elsewhere, &cancel).expect_err("refused");
         assert!(error.to_string().contains("from 20"), "{error}");

@@ -53,6 +53,10 @@ pub(super) fn lockstep(
         }
     }
     let vocabulary = model.config().vocabulary;
+    // The last token is never run, and a tokenizer may know more tokens than its model.
+    if let Some(&token) = ids.iter().find(|&&token| token as usize >= vocabulary) {
+        return Err(Error::TokenOutOfRange { token, vocabulary });
+    }
     let input: Arc<[u32]> = ids[..ids.len().saturating_sub(1)].into();
     let mut at = first.from + 1;
     let start = |options| LogitsRun::new(model, Arc::clone(&input), options, cancel);
