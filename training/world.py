@@ -24,7 +24,9 @@ KINDS = {"qa": 0.44, "coreference": 0.14, "passkey": 0.10, "story": 0.12, "chat"
 # Nothing but facts and questions about all of them. Where stories have few questions, a model learns to
 # tell stories and never learns to look back; with these alone it does within a million tokens.
 DENSE = "dense"
-UNANSWERABLE = 0.2  # share of the questions
+UNANSWERABLE = 0.3  # share of the questions
+# And of those of dense documents: a model that can always say "unknown" is slow to learn to look back.
+UNANSWERABLE_DENSE = 0.12
 UNKNOWN = "unknown"
 
 
@@ -259,6 +261,7 @@ OPENINGS = [
 ]
 DAY = """In the morning|At noon|In the afternoon|On Monday|On Tuesday|On Wednesday|On Thursday
 |On Friday|On Saturday|On Sunday|The next day|A week later|That evening""".replace("\n", "").split("|")
+HINTS = ["It was", "Nobody but", "So much about"]  # before a name: whoever was just called "she"
 EVENTS = {"bought", "put", "gave"}  # what happens at some time, while the others hold all the time
 
 
@@ -290,9 +293,16 @@ def listed(words: list[str]) -> str:
 class Story:
     """People, what is told of them, and what can be asked."""
 
-    def __init__(self, rng: random.Random, tokens: int, jobs: bool = False, dense: bool = False) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        tokens: int,
+        jobs: bool = False,
+        dense: bool = False,
+        attributes: list[str] = list(ATTRIBUTES),
+    ) -> None:
         self.rng = rng
-        self.tokens = round(tokens / 1.07)  # a rare word is more than one token
+        self.tokens = round(tokens / 1.09)  # a rare word is more than one token
         self.taken: set[str] = set()
         # More people and facts in longer stories, but fewer for their length.
         count = 2 + (tokens > 110) + (tokens > 190) + (tokens > 380) + (tokens > 700)
@@ -304,11 +314,11 @@ class Story:
         room = max(1, round((tokens - 10) / 13 * rng.uniform(0.6, 1.0)))
         each = min(max(1, round(room / count)), rng.randint(4, 7))
         if dense:
-            each = max(1, min(9, round(tokens / 13 / count)))
+            each = max(1, min(9, len(attributes), round(tokens / 13 / count)))
         self.facts: dict[str, list[Fact]] = {}
         for person in self.people:
             self.person = person
-            names = rng.sample(list(ATTRIBUTES), each)
+            names = rng.sample(attributes, each)
             if jobs and "job" not in names:
                 names[0] = "job"
             self.facts[person] = [self.fact(person, name) for name in names]
@@ -470,7 +480,7 @@ class Story:
                 )
             )
             if rng.random() < hints:
-                sentences[-1] += rng.choice([" It was {}.", " Nobody but {}.", " So much about {}."]).format(doer)
+                sentences[-1] += f" {rng.choice(HINTS)} {doer}."
             choices = sorted(pair)
             kind = "coreference"
             questions.append(Question(f"Who {deed}?", doer, kind, f"{doer} {deed}.", choices))
@@ -632,29 +642,44 @@ def chat(rng: random.Random, tokens: int) -> Document:
     return Document("chat", pieces + [(END, False)])
 
 
+def hinted(text: str) -> Iterator[tuple[str, bool]]:
+    """Pieces of a text: a name after a hint is an answer, since the text has said whose it is."""
+    at = 0
+    for hint in re.finditer(rf"(?:{'|'.join(HINTS)})( \w+)\.", text):
+        yield text[at : hint.start(1)], False
+        yield hint[1], True
+        at = hint.end(1)
+    yield text[at:], False
+
+
 def dense(rng: random.Random, tokens: int) -> Document:
-    """Nothing but facts, or deeds, and questions about all of them."""
-    deeds = rng.random() < 0.5
-    jobs = deeds and tokens > 100 and rng.random() < 0.5
-    story = Story(rng, (tokens - 12) // 2, jobs=jobs, dense=True)
-    if deeds:
+    """Nothing but facts, deeds or numbers, and questions about all of them."""
+    topic = rng.choices(["facts", "deeds", "numbers"], [0.45, 0.35, 0.2])[0]
+    jobs = topic == "deeds" and tokens > 100 and rng.random() < 0.5
+    attributes = ["age", "phone"] if topic == "numbers" else list(ATTRIBUTES)
+    story = Story(rng, (tokens - 12) // 2, jobs=jobs, dense=True, attributes=attributes)
+    if topic == "deeds":
         for person, facts in story.facts.items():
             story.facts[person] = [fact for fact in facts if jobs and fact.attribute == "job"]
-        units, questions = story.units(), list(story.questions())
-        told, more = story.deeds(min(len(DEEDS), max(2, (tokens - 30 * jobs) // 34)), hints=0.25)
+    units, questions = story.units(), list(story.questions())
+    if topic == "deeds":
+        told, more = story.deeds(min(len(DEEDS), max(2, (tokens - 30 * jobs) // 36)), hints=0.5)
         units, questions = units + told, questions[:1] + more
-        rng.shuffle(questions)
-    else:
-        units, questions = story.units(), list(story.questions())
+    elif topic == "numbers" and rng.random() < 0.7:
+        told, question = passkey(rng)
+        units.insert(rng.randint(0, len(units)), told)
+        questions.append(question)
+    rng.shuffle(questions)
     text = " ".join(units)
-    pieces = [(BEGIN + text + "\n\n", False)]
-    size, unanswerable = estimate(text) + 4, story.unanswerable()
+    pieces = list(hinted(BEGIN + text + "\n\n"))
+    size, unanswerable, asked = estimate(text) + 4, story.unanswerable(), 0
     while questions:
-        question = next(unanswerable) if rng.random() < UNANSWERABLE else questions.pop()
+        question = next(unanswerable) if rng.random() < UNANSWERABLE_DENSE else questions.pop()
         size += estimate(question.text) + estimate(question.answer) + 6
-        if size > tokens and len(pieces) > 1:
+        if size > tokens and asked:
             break
         pieces += [(f"Question: {question.text}\nAnswer:", False), (f" {question.answer}\n", True)]
+        asked += 1
     return Document(DENSE, pieces + [(END, False)])
 
 
