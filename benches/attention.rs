@@ -17,8 +17,8 @@ mod reading;
 use std::time::Instant;
 
 use deltallm::backend::{
-    AttentionShape, Backend, CacheBytes, CacheShape, KeyValueCache, Operations, Step, StreamShape,
-    TensorFormat,
+    AttentionShape, Backend, CacheBytes, CacheShape, Input, KeyValueCache, Operations, Step,
+    StreamShape, TensorFormat,
 };
 use deltallm::cpu::Cpu;
 use deltallm::delta::{
@@ -281,7 +281,11 @@ impl<B: Backend> Run<B> {
     fn time(&mut self, count: usize) -> f64 {
         let start = Instant::now();
         for _ in 0..count {
-            let step = Step { tokens: &[0], position: self.tokens - 1, phase: Phase::Decode };
+            let step = Step {
+                input: Input::Tokens(&[0]),
+                position: self.tokens - 1,
+                phase: Phase::Decode,
+            };
             self.stream.begin(&step).expect("begun");
             for cache in &self.caches {
                 self.stream.attention(&self.qkv, cache, &mut self.out).expect("recorded");

@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use deltallm::backend::{
-    AttentionShape, Backend, Footprint, MatrixFormat, Operations, Step, StreamShape, TensorFormat,
+    AttentionShape, Backend, Footprint, Input, MatrixFormat, Operations, Step, StreamShape,
+    TensorFormat,
 };
 use deltallm::checkpoint::{FloatType, MatrixSource};
 use deltallm::cpu::Cpu;
@@ -94,7 +95,11 @@ impl Product {
         let shape = StreamShape { rows: tokens, context: tokens, attention, vocabulary: 32 };
         let mut stream = cpu.stream(&shape).expect(made);
         stream
-            .begin(&Step { tokens: &vec![0; tokens], position: 0, phase: Phase::Decode })
+            .begin(&Step {
+                input: Input::Tokens(&vec![0; tokens]),
+                position: 0,
+                phase: Phase::Decode,
+            })
             .expect(made);
         Self { layers, x, out, stream }
     }

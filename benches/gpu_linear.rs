@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use deltallm::backend::{
-    AttentionShape, Backend, Footprint, MatrixFormat, Operations, Step, StreamShape, TensorFormat,
+    AttentionShape, Backend, Footprint, Input, MatrixFormat, Operations, Step, StreamShape,
+    TensorFormat,
 };
 use deltallm::checkpoint::{FloatType, MatrixSource};
 use deltallm::delta::Phase;
@@ -92,7 +93,7 @@ fn products(gpu: &Gpu, shape: &Shape, tokens: usize, count: u64) -> Duration {
     }
     let probe = gpu.tensor(1, 1, TensorFormat::F32).expect("a tensor");
     stream
-        .begin(&Step { tokens: &vec![0; tokens], position: 0, phase: Phase::Decode })
+        .begin(&Step { input: Input::Tokens(&vec![0; tokens]), position: 0, phase: Phase::Decode })
         .expect("a step");
     stream.linear(&x, &weight, &mut y).expect("recorded");
     stream.read(&y).expect("warm");

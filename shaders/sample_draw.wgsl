@@ -6,6 +6,7 @@ struct Params {
     min_p: f32,
     top_p: f32,
     draw: f32,
+    slot: u32,        // where the choice goes
 }
 
 struct Choice {
@@ -15,7 +16,11 @@ struct Choice {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> kept: array<vec2<u32>>;
-@group(0) @binding(2) var<storage, read_write> choice: Choice;
+@group(0) @binding(2) var<storage, read_write> choices: array<Choice>;
+// The first token of the next step, should that go on without the host.
+@group(0) @binding(3) var<storage, read_write> tokens: array<u32>;
+// The tokens of the context, a bit each.
+@group(0) @binding(4) var<storage, read_write> seen: array<u32>;
 
 var<workgroup> weights: array<f32, 256>;
 
@@ -62,10 +67,14 @@ fn main(@builtin(local_invocation_index) lane: u32) {
     }
     // NaN has the largest key, above that of infinity; below are minus infinity and nothing.
     let not_finite = best >= 0xff800000u || best <= 0x007fffffu;
-    choice.not_finite = u32(not_finite);
-    if (params.temperature > 0.0 && params.count > 1u && !not_finite) {
-        choice.token = kept[draw()].y;
-    } else {
-        choice.token = kept[0].y;
+    var token = kept[0].y;
+    if (not_finite) {
+        // Whatever it is, the next step must find it in the vocabulary.
+        token = 0u;
+    } else if (params.temperature > 0.0 && params.count > 1u) {
+        token = kept[draw()].y;
     }
+    choices[params.slot] = Choice(token, u32(not_finite));
+    tokens[0] = token;
+    seen[token / 32u] |= 1u << (token % 32u);
 }

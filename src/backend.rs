@@ -60,11 +60,30 @@ pub struct CacheShape {
     pub thresholds: Option<Arc<[f32]>>,
 }
 
+/// The tokens of a step.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// These ids, within the vocabulary; at least one, at most [`StreamShape::rows`].
+    Tokens(&'a [u32]),
+    /// One token: the one that was sampled last, wherever it is. It need not have been read yet.
+    Sampled,
+}
+
+impl Input<'_> {
+    /// How many tokens these are.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Tokens(tokens) => tokens.len(),
+            Self::Sampled => 1,
+        }
+    }
+}
+
 /// What the operations of a step are about.
 #[derive(Clone, Copy, Debug)]
 pub struct Step<'a> {
-    /// Ids of its tokens, within the vocabulary; at least one, at most [`StreamShape::rows`].
-    pub tokens: &'a [u32],
+    /// Its tokens.
+    pub input: Input<'a>,
     /// Where the first of them stands in the text; the last must be within the context.
     pub position: usize,
     /// Which of the policy's windows holds.
@@ -156,6 +175,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Largest `top_k` that [`Operations::sample`] takes; `usize::MAX` where there is no limit.
     fn max_top_k(&self) -> usize;
+
+    /// Steps that are worth having on their way, each on the token that the one before it samples,
+    /// while the host waits for the first one's token: 0 where operations are done when their call
+    /// returns.
+    fn look_ahead(&self) -> usize;
 }
 
 /// The operations of one session, run in the order they are called.
@@ -163,7 +187,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
 /// Every operation reads the live rows of its input and sets the rows of its output. Shapes are
 /// the caller's contract: the model checks them once when it is loaded.
 pub trait Operations<B: Backend<Stream = Self>>: Send {
-    /// Starts a step.
+    /// Starts a step. One of given tokens forgets those that were sampled and not read.
+    ///
+    /// # Errors
+    /// Tokens beyond the stream's shape; [`Input::Sampled`] where nothing was sampled.
     fn begin(&mut self, step: &Step<'_>) -> Result<()>;
 
     /// `out[t] = table[token t]`, `[T, hidden]`; `table` is a single matrix `[vocabulary, hidden]`.
@@ -226,6 +253,9 @@ pub trait Operations<B: Backend<Stream = Self>>: Send {
 
     /// Chooses a token from the last live row of `logits`; the host gets it by
     /// [`Operations::token`]. See [`SampleStep`] for the exact rule.
+    ///
+    /// In a step on [`Input::Sampled`] the tokens seen are those of the last step of given tokens,
+    /// and what was sampled since: the device knows it before the host.
     fn sample(&mut self, logits: &B::Tensor, step: &SampleStep<'_>) -> Result<()>;
 
     /// Cuts a cache back to its first `length` tokens.
@@ -251,10 +281,11 @@ pub trait Operations<B: Backend<Stream = Self>>: Send {
     /// Waits until all submitted work is done.
     fn wait(&mut self) -> Result<()>;
 
-    /// Waits for the sampled token of the last submitted step.
+    /// Waits for the first sampled token that was not read yet.
     ///
     /// # Errors
-    /// [`Error::NotFinite`](crate::Error::NotFinite) where the logits held NaN.
+    /// [`Error::NotFinite`](crate::Error::NotFinite) where the logits held NaN; whatever was sampled
+    /// after it is worth nothing.
     fn token(&mut self) -> Result<u32>;
 
     /// Waits for all submitted work and reads the live rows of an F32 tensor, `[rows, width]`.

@@ -72,6 +72,7 @@ mod formats;
 pub mod gpu;
 pub mod model;
 pub mod reference;
+mod sampled;
 pub mod sampler;
 mod session;
 mod stop;

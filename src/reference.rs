@@ -26,7 +26,8 @@ use crate::checkpoint::{Bytes, FloatType, MatrixSource};
 use crate::delta::{
     AttentionPolicy, CacheImage, ExactRule, Page, PageLayout, Phase, encode_page, encode_value,
 };
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::sampled::SampledTokens;
 use crate::sampler::SampleStep;
 pub use cache::Cache;
 
@@ -251,8 +252,7 @@ pub struct Stream {
     tokens: Vec<u32>,
     position: usize,
     phase: Phase,
-    /// The last sampled token; nothing where the logits held NaN.
-    sampled: Option<u32>,
+    sampled: SampledTokens,
 }
 
 impl Footprint for Stream {
@@ -314,7 +314,7 @@ impl Backend for Reference {
     fn stream(&self, shape: &StreamShape) -> Result<Stream> {
         let attention = shape.attention;
         let (tokens, position, phase) = (Vec::new(), 0, Phase::Decode);
-        Ok(Stream { attention, tokens, position, phase, sampled: None })
+        Ok(Stream { attention, tokens, position, phase, sampled: SampledTokens::default() })
     }
 
     fn write(&self, tensor: &mut Tensor, values: &[f32]) -> Result<()> {
@@ -340,11 +340,15 @@ impl Backend for Reference {
     fn max_top_k(&self) -> usize {
         usize::MAX
     }
+
+    fn look_ahead(&self) -> usize {
+        0
+    }
 }
 
 impl Operations<Reference> for Stream {
     fn begin(&mut self, step: &Step<'_>) -> Result<()> {
-        self.tokens = step.tokens.to_vec();
+        self.sampled.begin(step.input, &mut self.tokens)?;
         self.position = step.position;
         self.phase = step.phase;
         Ok(())
@@ -471,7 +475,8 @@ impl Operations<Reference> for Stream {
     }
 
     fn sample(&mut self, logits: &Tensor, step: &SampleStep<'_>) -> Result<()> {
-        self.sampled = sample(logits.row(logits.rows - 1), step);
+        let last = logits.row(logits.rows - 1);
+        self.sampled.sample(step, |step| sample(last, step));
         Ok(())
     }
 
@@ -502,7 +507,7 @@ impl Operations<Reference> for Stream {
     }
 
     fn token(&mut self) -> Result<u32> {
-        self.sampled.ok_or_else(|| Error::NotFinite { what: "the logits".into() })
+        self.sampled.read()
     }
 
     fn read(&mut self, tensor: &Tensor) -> Result<Vec<f32>> {

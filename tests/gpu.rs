@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use deltallm::Error;
 use deltallm::backend::{
-    AttentionShape, Backend, CacheShape, Footprint, Operations, Step, StreamShape, TensorFormat,
+    AttentionShape, Backend, CacheShape, Footprint, Input, Operations, Step, StreamShape,
+    TensorFormat,
 };
 use deltallm::checkpoint::{FloatType, MatrixSource};
 use deltallm::delta::{AttentionPolicy, Phase};
@@ -59,7 +60,7 @@ fn cache_shape(attention: AttentionShape, context: usize) -> CacheShape {
 
 /// Decoding `tokens` from `position` on.
 fn step_of(tokens: &[u32], position: usize) -> Step<'_> {
-    Step { tokens, position, phase: Phase::Decode }
+    Step { input: Input::Tokens(tokens), position, phase: Phase::Decode }
 }
 
 /// Fills a cache with `keys` tokens, then attends from `rows` more.

@@ -3,8 +3,8 @@
 mod gpu_common;
 
 use deltallm::backend::{
-    AttentionShape, Backend, CacheShape, Footprint, KeyValueCache, Operations, Step, StreamShape,
-    TensorFormat,
+    AttentionShape, Backend, CacheShape, Footprint, Input, KeyValueCache, Operations, Step,
+    StreamShape, TensorFormat,
 };
 use deltallm::delta::{AttentionPolicy, CacheImage, Page, Phase};
 use deltallm::gpu::GpuOptions;
@@ -65,7 +65,7 @@ impl<B: Backend> Text<B> {
         }
         self.backend.write(&mut self.qkv, &qkv).unwrap();
         let tokens = vec![0; count];
-        let step = Step { tokens: &tokens, position: self.length, phase };
+        let step = Step { input: Input::Tokens(&tokens), position: self.length, phase };
         self.stream.begin(&step).unwrap();
         self.stream.rope_append(&mut self.qkv, &self.rope, &mut self.cache).unwrap();
         self.stream.encode_keys(&mut self.cache).unwrap();

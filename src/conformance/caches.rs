@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{FLUSHED, Inputs, U};
 use crate::backend::{
-    AttentionShape, Backend, CacheShape, Operations, Step, StreamShape, TensorFormat,
+    AttentionShape, Backend, CacheShape, Input, Operations, Step, StreamShape, TensorFormat,
 };
 use crate::delta::{
     AttentionPolicy, CacheImage, KeyFormat, Page, PageLayout, Phase, Reference as DeltaReference,
@@ -103,7 +103,7 @@ impl<'a, B: Backend> Player<'a, B> {
         let StepOf { rows, phase, attend } = step;
         self.backend.write(&mut self.qkv, qkv)?;
         let tokens = vec![0; rows];
-        self.stream.begin(&Step { tokens: &tokens, position: self.length, phase })?;
+        self.stream.begin(&Step { input: Input::Tokens(&tokens), position: self.length, phase })?;
         self.stream.rope_append(&mut self.qkv, &self.rope, &mut self.cache)?;
         self.stream.encode_keys(&mut self.cache)?;
         if attend {

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use super::{Check, FLUSHED, Inputs, U, compare, step};
-use crate::backend::{Backend, Operations, Step, TensorFormat};
+use crate::backend::{Backend, Input, Operations, Step, TensorFormat};
 use crate::checkpoint::{FloatType, MatrixSource};
 use crate::delta::Phase;
 use crate::error::Result;
@@ -13,7 +13,7 @@ use crate::reference::Reference;
 const ROWS: [usize; 6] = [1, 2, 3, 5, 17, 33];
 
 /// Float weight formats: how the file stores them, and whether they become Q8.
-const FLOATS: [(&str, FloatType, bool); 4] = [
+pub(super) const FLOATS: [(&str, FloatType, bool); 4] = [
     ("f32", FloatType::F32, false),
     ("f16", FloatType::F16, false),
     ("bf16", FloatType::BF16, false),
@@ -21,7 +21,7 @@ const FLOATS: [(&str, FloatType, bool); 4] = [
 ];
 
 /// A float matrix with weights in [-1, 1) and each fifth row all zeros.
-fn float_matrix(
+pub(super) fn float_matrix(
     inputs: &mut Inputs,
     rows: usize,
     cols: usize,
@@ -113,7 +113,7 @@ pub(super) fn embed<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         let weight = backend.linear(std::slice::from_ref(table))?;
         let mut out = backend.tensor(tokens.len() + 1, table.cols(), TensorFormat::F32)?;
         let mut stream = step(backend, tokens.len(), table.rows())?;
-        stream.begin(&Step { tokens, position: 0, phase: Phase::Decode })?;
+        stream.begin(&Step { input: Input::Tokens(tokens), position: 0, phase: Phase::Decode })?;
         stream.embed(&weight, &mut out)?;
         stream.submit()?;
         stream.read(&out)

@@ -21,7 +21,7 @@ mod sample;
 
 use half::f16;
 
-use crate::backend::{AttentionShape, Backend, Operations, Step, StreamShape};
+use crate::backend::{AttentionShape, Backend, Input, Operations, Step, StreamShape};
 use crate::delta::Phase;
 use crate::error::Result;
 use crate::sampler::Draws;
@@ -141,7 +141,7 @@ fn step<B: Backend>(backend: &B, rows: usize, vocabulary: usize) -> Result<B::St
     let shape = StreamShape { rows: rows.max(1), context: rows.max(1), attention, vocabulary };
     let mut stream = backend.stream(&shape)?;
     let tokens = vec![0; rows];
-    stream.begin(&Step { tokens: &tokens, position: 0, phase: Phase::Decode })?;
+    stream.begin(&Step { input: Input::Tokens(&tokens), position: 0, phase: Phase::Decode })?;
     Ok(stream)
 }
 

@@ -1,7 +1,9 @@
 //! Cases of `sample`.
 
+use super::linear::{FLOATS, float_matrix};
 use super::{Check, Inputs, U, step};
-use crate::backend::{Backend, Operations, TensorFormat};
+use crate::backend::{Backend, Input, Operations, Step, TensorFormat};
+use crate::delta::Phase;
 use crate::error::{Error, Result};
 use crate::reference::Reference;
 use crate::sampler::{SampleStep, TokenSet};
@@ -110,6 +112,7 @@ pub(super) fn sample<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     checks.extend(ties(backend, &greedy)?);
     checks.extend(penalties(backend, &mut inputs, &greedy)?);
     checks.extend(extremes(backend, &mut inputs, &greedy)?);
+    checks.extend(ahead(backend, &greedy)?);
     Ok(checks)
 }
 
@@ -201,6 +204,58 @@ fn extremes<B: Backend>(
             let case = format!("NaN at {place} of {vocabulary}, {kind}");
             let error = if pass { 0.0 } else { 1.0 };
             checks.push(Check { operation: "sample", case, error, tolerance: 0.0, pass });
+        }
+    }
+    Ok(checks)
+}
+
+/// A text of a tiny model, each step on the token that the one before it sampled: with the host
+/// between the steps, on which every token is given, and without, one step ahead of it.
+fn text<B: Backend>(backend: &B, given: bool, settings: &SampleStep<'_>) -> Result<Vec<u32>> {
+    let (vocabulary, hidden, steps) = (300, 32, 24);
+    let mut inputs = Inputs::new(11);
+    let table = float_matrix(&mut inputs, vocabulary, hidden, FLOATS[0]);
+    let head = float_matrix(&mut inputs, vocabulary, hidden, FLOATS[0]);
+    let (table, head) = (backend.linear(&[table])?, backend.linear(&[head])?);
+    let mut x = backend.tensor(1, hidden, TensorFormat::F32)?;
+    let mut logits = backend.tensor(1, vocabulary, TensorFormat::F32)?;
+    let mut stream = step(backend, 1, vocabulary)?;
+    let mut seen = TokenSet::new(vocabulary);
+    seen.insert(7);
+    let mut tokens = vec![7];
+    for at in 0..steps {
+        let last = tokens[tokens.len() - 1..].to_vec();
+        let input = if given || at == 0 { Input::Tokens(&last) } else { Input::Sampled };
+        stream.begin(&Step { input, position: 0, phase: Phase::Decode })?;
+        stream.embed(&table, &mut x)?;
+        stream.linear(&x, &head, &mut logits)?;
+        stream.sample(&logits, &SampleStep { seen: &seen, draw: inputs.0.draw(), ..*settings })?;
+        stream.submit()?;
+        if given || at > 0 {
+            tokens.push(stream.token()?);
+            seen.insert(tokens[tokens.len() - 1]);
+        }
+    }
+    if !given {
+        tokens.push(stream.token()?);
+    }
+    Ok(tokens)
+}
+
+fn ahead<B: Backend>(backend: &B, greedy: &SampleStep<'_>) -> Result<Vec<Check>> {
+    let mut checks = Vec::new();
+    let drawn = SampleStep { temperature: 0.8, top_k: 40, top_p: 0.95, ..*greedy };
+    for (kind, settings) in [("greedy", greedy), ("drawn", &drawn)] {
+        for repetition_penalty in [1.0, 1.6] {
+            let settings = SampleStep { repetition_penalty, ..*settings };
+            let want = text(&Reference::new(), true, &settings)?;
+            for given in [true, false] {
+                let pass = text(backend, given, &settings)? == want;
+                let how = if given { "given" } else { "sampled" };
+                let case = format!("a text on {how} tokens, {kind}, penalty {repetition_penalty}");
+                let error = if pass { 0.0 } else { 1.0 };
+                checks.push(Check { operation: "sample", case, error, tolerance: 0.0, pass });
+            }
         }
     }
     Ok(checks)

@@ -375,7 +375,7 @@ impl KeyValueCache for Cache {
 mod tests {
     use super::super::{Cpu, Kernels, Rope, Stream, Tensor};
     use super::*;
-    use crate::backend::{Backend, Operations, Step, StreamShape, TensorFormat};
+    use crate::backend::{Backend, Input, Operations, Step, StreamShape, TensorFormat};
     use crate::delta::{Phase, decode_value, encode_page, encode_value};
     use crate::sampler::Draws;
 
@@ -428,7 +428,7 @@ mod tests {
             cpu.write(&mut self.qkv, chunk).expect("written");
             let tokens = vec![0; rows];
             let Self { stream, rope, cache, qkv, out, .. } = self;
-            stream.begin(&Step { tokens: &tokens, position, phase }).expect("begun");
+            stream.begin(&Step { input: Input::Tokens(&tokens), position, phase }).expect("begun");
             stream.rope_append(qkv, rope, cache).expect("appended");
             stream.encode_keys(cache).expect("encoded");
             stream.attention(qkv, cache, out).expect("attended");

@@ -308,4 +308,8 @@ impl Backend for Cpu {
     fn max_top_k(&self) -> usize {
         usize::MAX
     }
+
+    fn look_ahead(&self) -> usize {
+        0
+    }
 }

@@ -10,7 +10,8 @@ use super::{
 };
 use crate::backend::{Activation, Footprint, MatrixFormat, Operations, Step, StreamShape};
 use crate::delta::{CacheImage, Page, Phase};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::sampled::SampledTokens;
 use crate::sampler::SampleStep;
 
 /// A session's stream, with the memory that its operations need besides tensors.
@@ -26,8 +27,7 @@ pub struct Stream {
     partial: Aligned<f32>,
     /// Candidates of the last choice.
     candidates: Vec<u64>,
-    /// The last sampled token; nothing where the logits held NaN.
-    sampled: Option<u32>,
+    sampled: SampledTokens,
 }
 
 impl Stream {
@@ -41,7 +41,7 @@ impl Stream {
             scratch,
             partial: Aligned::zeros(0),
             candidates: Vec::new(),
-            sampled: None,
+            sampled: SampledTokens::default(),
         }
     }
 
@@ -64,8 +64,7 @@ impl Footprint for Stream {
 
 impl Operations<Cpu> for Stream {
     fn begin(&mut self, step: &Step<'_>) -> Result<()> {
-        self.tokens.clear();
-        self.tokens.extend_from_slice(step.tokens);
+        self.sampled.begin(step.input, &mut self.tokens)?;
         (self.position, self.phase) = (step.position, step.phase);
         Ok(())
     }
@@ -126,7 +125,8 @@ impl Operations<Cpu> for Stream {
 
     fn sample(&mut self, logits: &Tensor, step: &SampleStep<'_>) -> Result<()> {
         let last = logits.row(logits.rows() - 1);
-        self.sampled = sample::sample(last, step, &mut self.candidates);
+        let candidates = &mut self.candidates;
+        self.sampled.sample(step, |step| sample::sample(last, step, candidates));
         Ok(())
     }
 
@@ -157,7 +157,7 @@ impl Operations<Cpu> for Stream {
     }
 
     fn token(&mut self) -> Result<u32> {
-        self.sampled.ok_or_else(|| Error::NotFinite { what: "the logits".into() })
+        self.sampled.read()
     }
 
     fn read(&mut self, tensor: &Tensor) -> Result<Vec<f32>> {

@@ -161,6 +161,12 @@ impl Backend for Gpu {
     fn max_top_k(&self) -> usize {
         sample::MAX_TOP_K
     }
+
+    /// One: the device has work while the host reads a token, turns it into text and records the
+    /// next step. More would only be thrown away at the end of a text.
+    fn look_ahead(&self) -> usize {
+        1
+    }
 }
 
 impl Gpu {

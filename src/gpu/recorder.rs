@@ -192,10 +192,15 @@ impl Recorder {
         self.device.check()
     }
 
+    /// The last submission.
+    pub(super) fn submitted(&self) -> Option<wgpu::SubmissionIndex> {
+        self.submitted.clone()
+    }
+
     /// Submits what was recorded, waits for it, and reads a buffer that it has copied to.
     pub(super) fn read(&mut self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
         self.submit()?;
-        self.device.map(buffer, bytes, self.submitted.clone())
+        self.device.map(buffer, bytes, self.submitted())
     }
 
     /// Where these parameters will stand in the parameter buffer.

@@ -4,13 +4,15 @@
 //! Rounds of `sample_best` (greedy) or `sample_top` each keep the best few candidates of every
 //! block of 1024, until one block is left; `sample_draw` draws from it.
 
+use std::collections::VecDeque;
+
 use super::buffer::Buffer;
 use super::device::Device;
 use super::recorder::Recorder;
 use super::shader::{Binding, Kernel, PRECISE, Program, wgsl};
 use super::stream::Stream;
 use super::tensor::Tensor;
-use crate::backend::{StreamShape, TensorFormat};
+use crate::backend::{Operations, StreamShape, TensorFormat};
 use crate::error::{Error, Result};
 use crate::sampler::SampleStep;
 
@@ -38,6 +40,7 @@ struct DrawParams {
     min_p: f32,
     top_p: f32,
     draw: f32,
+    slot: u32,
 }
 
 #[repr(C)]
@@ -73,21 +76,37 @@ pub(super) fn draw_program() -> Program {
     Program {
         constants: Vec::new(),
         parts: vec![wgsl!("sample_draw.wgsl")],
-        bindings: vec![(1, Binding::Read), (2, Binding::Write)],
+        bindings: [1, 2, 3, 4]
+            .map(|at| (at, if at == 1 { Binding::Read } else { Binding::Write }))
+            .into(),
         f16: false,
     }
 }
 
-/// What sampling keeps between its dispatches, and where the token is read.
+/// Tokens that can be sampled before the first of them is read.
+const SLOTS: usize = 4;
+
+/// A token that was sampled and not read.
+struct Unread {
+    slot: usize,
+    /// The submission that copies it; nothing while it is only recorded.
+    submission: Option<wgpu::SubmissionIndex>,
+}
+
+/// What sampling keeps between its dispatches, and where tokens are read.
 pub(super) struct Scratch {
     /// Candidates after the odd and the even rounds.
     lists: [Buffer; 2],
-    /// The tokens in the context, a bit each.
+    /// The tokens in the context, a bit each. Sampling adds its token.
     seen: Buffer,
-    choice: Buffer,
-    readback: Buffer,
-    /// Whether a token was sampled since the last one was read.
-    sampled: bool,
+    /// [`SLOTS`] choices.
+    choices: Buffer,
+    readbacks: [Buffer; SLOTS],
+    unread: VecDeque<Unread>,
+    /// The slot of the next token.
+    next: usize,
+    /// Whether a token was ever sampled.
+    pub(super) any: bool,
 }
 
 impl Scratch {
@@ -99,18 +118,33 @@ impl Scratch {
         let lists = [list(blocks)?, list((blocks * MAX_TOP_K).div_ceil(BLOCK))?];
         let seen = (shape.vocabulary.div_ceil(32) * 4) as u64;
         let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+        let readback = || device.buffer("the sampled token", CHOICE_BYTES, usage);
         Ok(Self {
             lists,
             seen: device.storage("the tokens of the context", seen)?,
-            choice: device.storage("the sampled token", CHOICE_BYTES)?,
-            readback: device.buffer("the sampled token", CHOICE_BYTES, usage)?,
-            sampled: false,
+            choices: device.storage("sampled tokens", SLOTS as u64 * CHOICE_BYTES)?,
+            readbacks: [readback()?, readback()?, readback()?, readback()?],
+            unread: VecDeque::with_capacity(SLOTS),
+            next: 0,
+            any: false,
         })
     }
 
     pub(super) fn bytes(&self) -> u64 {
-        let buffers = [&self.lists[0], &self.lists[1], &self.seen, &self.choice, &self.readback];
-        buffers.iter().map(|buffer| buffer.size()).sum()
+        let buffers = [&self.seen, &self.choices].into_iter();
+        buffers.chain(&self.lists).chain(&self.readbacks).map(Buffer::size).sum()
+    }
+
+    /// Lets go of the tokens that were not read.
+    pub(super) fn forget(&mut self) {
+        self.unread.clear();
+    }
+
+    /// All that was recorded is on its way.
+    pub(super) fn submitted(&mut self, recorder: &Recorder) {
+        for unread in self.unread.iter_mut().filter(|unread| unread.submission.is_none()) {
+            unread.submission = recorder.submitted();
+        }
     }
 
     /// Reduces the candidates to one sorted list of the best `keep`; gives where it is.
@@ -150,11 +184,13 @@ impl Stream {
         self.expect("sample", fits && shapes && (1..=MAX_TOP_K).contains(&keep), || {
             format!("top_k {} of {} rows of {vocabulary} logits", step.top_k, logits.rows)
         })?;
-        if self.sampling.sampled {
+        let left = SLOTS - self.sampling.unread.len();
+        self.expect("sample", left > 0, || format!("{SLOTS} sampled tokens were not read"))?;
+        if step.repetition_penalty != 1.0 && !self.step.sampled {
             // The bits of the context's tokens are about to be written, before what is recorded.
-            self.recorder.submit()?;
-        }
-        if step.repetition_penalty != 1.0 {
+            if !self.sampling.unread.is_empty() {
+                self.submit()?;
+            }
             let words = step.seen.words();
             let words = &words[..words.len().min(vocabulary.div_ceil(32))];
             self.device.write(&self.sampling.seen, 0, bytemuck::cast_slice(words))?;
@@ -167,24 +203,35 @@ impl Stream {
         };
         let scratch = &self.sampling;
         let kept = scratch.reduce(&mut self.recorder, &logits.data, params)?;
+        let slot = scratch.next;
         let params = DrawParams {
             count: keep as u32,
             temperature: step.temperature,
             min_p: step.min_p,
             top_p: step.top_p,
             draw: step.draw,
+            slot: slot as u32,
         };
-        let buffers = [kept, &scratch.choice];
+        let buffers = [kept, &scratch.choices, &self.tokens, &scratch.seen];
         self.recorder.dispatch(Kernel::SampleDraw, &params, &buffers, [1, 1, 1])?;
-        self.recorder.copy((&scratch.choice, 0), (&scratch.readback, 0), CHOICE_BYTES);
-        self.sampling.sampled = true;
+        let from = (&scratch.choices, slot as u64 * CHOICE_BYTES);
+        self.recorder.copy(from, (&scratch.readbacks[slot], 0), CHOICE_BYTES);
+        self.sampling.unread.push_back(Unread { slot, submission: None });
+        self.sampling.next = (slot + 1) % SLOTS;
+        self.sampling.any = true;
         Ok(())
     }
 
+    /// Waits for the step that has sampled the first token that was not read, and for no later one.
     pub(super) fn sampled_token(&mut self) -> Result<u32> {
-        self.expect("token", self.sampling.sampled, || "no token was sampled".to_owned())?;
-        let bytes = self.recorder.read(&self.sampling.readback, CHOICE_BYTES)?;
-        self.sampling.sampled = false;
+        if self.sampling.unread.front().is_some_and(|unread| unread.submission.is_none()) {
+            self.submit()?;
+        }
+        let Some(Unread { slot, submission }) = self.sampling.unread.pop_front() else {
+            return Err(self.fault("token", "no token was sampled"));
+        };
+        let readback = &self.sampling.readbacks[slot];
+        let bytes = self.device.map(readback, CHOICE_BYTES, submission)?;
         let choice: Choice = bytemuck::pod_read_unaligned(&bytes);
         if choice.not_finite != 0 {
             return Err(Error::NotFinite { what: "the logits".to_owned() });

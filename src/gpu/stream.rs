@@ -12,7 +12,7 @@ use super::linear::Linear;
 use super::recorder::{Counters, Recorder};
 use super::tensor::{Norm, Rope, RowScale, Tensor};
 use super::{attention, sample};
-use crate::backend::{Activation, Footprint, Operations, Step, StreamShape, TensorFormat};
+use crate::backend::{Activation, Footprint, Input, Operations, Step, StreamShape, TensorFormat};
 use crate::delta::{CacheImage, Page, Phase};
 use crate::error::{Error, Result};
 use crate::sampler::SampleStep;
@@ -25,6 +25,8 @@ const LARGEST_READ: usize = 16 << 20;
 pub(super) struct Current {
     pub position: usize,
     pub tokens: usize,
+    /// Whether its token is the last sampled one.
+    pub sampled: bool,
     pub phase: Phase,
 }
 
@@ -34,7 +36,7 @@ pub struct Stream {
     pub(super) shape: StreamShape,
     pub(super) step: Current,
     pub(super) recorder: Recorder,
-    /// Ids of the step's tokens, `[rows]` u32.
+    /// Ids of the step's tokens, `[rows]` u32. A sampled token becomes the first of them.
     pub(super) tokens: Buffer,
     pub(super) attention: attention::Scratch,
     pub(super) sampling: sample::Scratch,
@@ -47,7 +49,7 @@ impl Stream {
     pub(super) fn new(device: Arc<Device>, shape: &StreamShape) -> Result<Self> {
         Ok(Self {
             shape: *shape,
-            step: Current { position: 0, tokens: 0, phase: Phase::Decode },
+            step: Current { position: 0, tokens: 0, sampled: false, phase: Phase::Decode },
             recorder: Recorder::new(Arc::clone(&device))?,
             tokens: device.storage("the tokens of a step", shape.rows as u64 * 4)?,
             attention: attention::Scratch::new(&device, shape)?,
@@ -122,19 +124,28 @@ impl Footprint for Stream {
 
 impl Operations<Gpu> for Stream {
     fn begin(&mut self, step: &Step<'_>) -> Result<()> {
-        let Step { tokens, position, phase } = *step;
-        let fits = (1..=self.shape.rows).contains(&tokens.len())
-            && position + tokens.len() <= self.shape.context;
+        let Step { input, position, phase } = *step;
+        let tokens = input.count();
+        let fits =
+            (1..=self.shape.rows).contains(&tokens) && position + tokens <= self.shape.context;
         self.expect("begin", fits, || {
             let StreamShape { rows, context, .. } = self.shape;
-            let count = tokens.len();
-            format!("{count} tokens at {position} in chunks of {rows}, context {context}")
+            format!("{tokens} tokens at {position} in chunks of {rows}, context {context}")
         })?;
         // What is recorded belongs to earlier tokens, and writes come before what is recorded.
-        self.recorder.submit()?;
+        self.submit()?;
         self.usage.settle(&mut self.recorder)?;
-        self.device.write(&self.tokens, 0, bytemuck::cast_slice(tokens))?;
-        self.step = Current { position, tokens: tokens.len(), phase };
+        let sampled = matches!(input, Input::Sampled);
+        match input {
+            Input::Tokens(ids) => {
+                self.sampling.forget();
+                self.device.write(&self.tokens, 0, bytemuck::cast_slice(ids))?;
+            }
+            Input::Sampled => {
+                self.expect("begin", self.sampling.any, || "no token was sampled".to_owned())?
+            }
+        }
+        self.step = Current { position, tokens, sampled, phase };
         Ok(())
     }
 
@@ -203,7 +214,9 @@ impl Operations<Gpu> for Stream {
     }
 
     fn submit(&mut self) -> Result<()> {
-        self.recorder.submit()
+        self.recorder.submit()?;
+        self.sampling.submitted(&self.recorder);
+        Ok(())
     }
 
     fn wait(&mut self) -> Result<()> {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 pub use device::DeviceChoice;
 pub use memory::{MemoryUse, plan_memory};
 
-use crate::backend::{Backend, DeviceInfo};
+use crate::backend::{Backend, DeviceInfo, Input};
 use crate::checkpoint::{Checkpoint, Files, ModelConfig};
 use crate::cpu::Cpu;
 use crate::delta::{AttentionPolicy, CacheImage, Page, Phase, Thresholds};
@@ -249,6 +249,7 @@ pub(crate) trait Engine: Send + Sync {
     fn device(&self) -> &DeviceInfo;
     fn weight_bytes(&self) -> u64;
     fn max_top_k(&self) -> usize;
+    fn look_ahead(&self) -> usize;
     /// Makes the caches and activations of a session.
     fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>>;
 }
@@ -262,8 +263,8 @@ pub(crate) trait Decoder: Send {
     /// Whether the original keys that the next token of a phase sees are all still there: those of
     /// a compressed cache are overwritten in time, and a text cut far back has to be run again.
     fn can_continue(&self, phase: Phase) -> bool;
-    /// Appends `tokens`: at least one, at most a chunk, all in the vocabulary, within the context.
-    fn forward(&mut self, tokens: &[u32], phase: Phase, output: Output<'_>) -> Result<()>;
+    /// Appends tokens: at least one, at most a chunk, all in the vocabulary, within the context.
+    fn forward(&mut self, input: Input<'_>, phase: Phase, output: Output<'_>) -> Result<()>;
     /// The same without any output; `probe` gets each layer's index and its queries, keys and
     /// values, `[T, (H + 2 G) D]`, of which the queries are rotated.
     fn probe(
@@ -280,7 +281,7 @@ pub(crate) trait Decoder: Send {
     fn restore(&mut self, images: &[CacheImage]) -> Result<()>;
     /// Waits until the device has done all steps.
     fn wait(&mut self) -> Result<()>;
-    /// Waits for the token of the last [`Output::Sample`].
+    /// Waits for the token of the first [`Output::Sample`] that was not read.
     fn token(&mut self) -> Result<u32>;
     /// Waits for the logits of the last step, `[rows, vocabulary]`.
     fn logits(&mut self) -> Result<Vec<f32>>;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Decoder, LoadProgress, MemoryUse, Output, SessionShape, WeightFormat};
 use crate::backend::{
-    Backend, CacheShape, DeviceInfo, DeviceKind, Footprint, KeyValueCache, MatrixFormat,
+    Backend, CacheShape, DeviceInfo, DeviceKind, Footprint, Input, KeyValueCache, MatrixFormat,
     Operations, Step, StreamShape, TensorFormat,
 };
 use crate::checkpoint::{Checkpoint, MatrixSource, ModelConfig, Tensors};
@@ -97,15 +97,15 @@ impl<B: Backend> Transformer<B> {
     fn forward(
         &self,
         run: &mut Run<B>,
-        tokens: &[u32],
+        input: Input<'_>,
         phase: Phase,
         output: Output<'_>,
         mut probe: Option<Probe<'_>>,
     ) -> Result<()> {
         let Run { stream, activations: a, caches, rope, length, .. } = run;
-        let t = tokens.len();
+        let t = input.count();
 
-        stream.begin(&Step { tokens, position: *length, phase })?;
+        stream.begin(&Step { input, position: *length, phase })?;
         stream.embed(&self.embedding, &mut a.hidden)?;
         for (index, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
             // hidden += W_o attention(norm(hidden))
@@ -242,6 +242,10 @@ impl<B: Backend> super::Engine for Transformer<B> {
         self.backend.max_top_k()
     }
 
+    fn look_ahead(&self) -> usize {
+        self.backend.look_ahead()
+    }
+
     fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>> {
         let ModelConfig { attention, vocabulary, layers, .. } = self.config;
         self.backend.check_rope(shape.context, attention.head_dim)?;
@@ -308,19 +312,19 @@ impl<B: Backend> Run<B> {
     /// back before anything else is done.
     fn step(
         &mut self,
-        tokens: &[u32],
+        input: Input<'_>,
         phase: Phase,
         output: Output<'_>,
         probe: Option<Probe<'_>>,
     ) -> Result<()> {
-        debug_assert!(!tokens.is_empty() && tokens.len() <= self.shape.chunk);
+        debug_assert!((1..=self.shape.chunk).contains(&input.count()));
         debug_assert!(self.originals.cover(&self.shape.policy.rule(phase), self.length));
         self.settle()?;
         let model = self.model.clone();
-        let done = model.forward(self, tokens, phase, output, probe);
-        self.originals.write_until(self.length + tokens.len());
+        let done = model.forward(self, input, phase, output, probe);
+        self.originals.write_until(self.length + input.count());
         match done {
-            Ok(()) => self.length += tokens.len(),
+            Ok(()) => self.length += input.count(),
             Err(_) => self.cut = true,
         }
         done
@@ -347,12 +351,12 @@ impl<B: Backend> Decoder for Run<B> {
         covers(phase) && covers(Phase::Decode)
     }
 
-    fn forward(&mut self, tokens: &[u32], phase: Phase, output: Output<'_>) -> Result<()> {
-        self.step(tokens, phase, output, None)
+    fn forward(&mut self, input: Input<'_>, phase: Phase, output: Output<'_>) -> Result<()> {
+        self.step(input, phase, output, None)
     }
 
     fn probe(&mut self, tokens: &[u32], phase: Phase, probe: Probe<'_>) -> Result<()> {
-        self.step(tokens, phase, Output::Nothing, Some(probe))
+        self.step(Input::Tokens(tokens), phase, Output::Nothing, Some(probe))
     }
 
     fn pages(&mut self) -> Result<Vec<Vec<Vec<Page>>>> {

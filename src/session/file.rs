@@ -49,6 +49,7 @@ impl Session {
     }
 
     fn contents(&mut self) -> Result<(Fields, Vec<Stored>)> {
+        self.settle();
         // Original keys that the next step needs may be gone, see [`Session::truncate`]: then the
         // text will be run again, and there is no use in keeping the rest.
         let usable = self.decoder.can_continue(self.phase());

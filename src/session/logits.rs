@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{Cancel, Session, check_fits, finite};
+use crate::backend::Input;
 use crate::delta::{AttentionPolicy, CacheStatistics, Thresholds};
 use crate::error::{Error, Result};
 use crate::model::{LOGITS_CHUNK, Model, Output, PREFILL_CHUNK, SessionShape};
@@ -92,7 +93,7 @@ impl LogitsRun {
             };
             let phase = session.phase();
             let output = if start < wanted { Output::Nothing } else { Output::AllLogits };
-            session.decoder.forward(&self.ids[start..end], phase, output)?;
+            session.decoder.forward(Input::Tokens(&self.ids[start..end]), phase, output)?;
             if start < wanted {
                 // One step at a time is on its way: work that is queued cannot be cancelled.
                 session.decoder.wait()?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::backend::Input;
 use crate::checkpoint::ModelConfig;
 use crate::delta::{AttentionPolicy, CacheStatistics, Phase, Thresholds};
 use crate::error::{Error, Result};
@@ -139,6 +140,9 @@ pub struct Session {
     /// Where the last prompt ends: what stands before it is run as a prompt, what comes after it as
     /// decoding.
     prompt: usize,
+    /// Steps of a generation that are on their way, each on the token that the one before it
+    /// samples; their tokens are no part of the text yet.
+    ahead: usize,
     cancel: Cancel,
 }
 
@@ -165,7 +169,7 @@ impl Session {
         }
         let decoder = model.engine().clone().start(shape.clone())?;
         let (model, cancel) = (model.clone(), Cancel::default());
-        Ok(Self { model, decoder, shape, tokens: Vec::new(), prompt: 0, cancel })
+        Ok(Self { model, decoder, shape, tokens: Vec::new(), prompt: 0, ahead: 0, cancel })
     }
 
     /// The model.
@@ -205,6 +209,7 @@ impl Session {
     /// # Errors
     /// A fault of the device.
     pub fn statistics(&mut self) -> Result<CacheStatistics> {
+        self.settle();
         let (policy, length) = (self.shape.policy, self.decoder.length());
         let config = self.model.config();
         let pages = match policy.is_dense() {
@@ -241,6 +246,7 @@ impl Session {
     /// only: a text that is cut back further than they reach is run again from its start, as one
     /// prompt, when it is continued.
     pub fn truncate(&mut self, length: usize) {
+        self.settle();
         self.tokens.truncate(length);
         self.prompt = self.prompt.min(length);
         self.decoder.truncate(length);
@@ -308,7 +314,7 @@ impl Session {
         let before = (self.tokens.len(), self.prompt);
         self.prefill(tokens)?;
         let (pending, phase) = (&self.tokens[self.decoder.length()..], self.phase());
-        let run = self.decoder.forward(pending, phase, Output::LastLogits);
+        let run = self.decoder.forward(Input::Tokens(pending), phase, Output::LastLogits);
         let logits = run.and_then(|()| self.decoder.logits()).and_then(finite);
         if logits.is_err() {
             self.take_back(before);
@@ -327,6 +333,7 @@ impl Session {
             return Err(Error::EmptyPrompt);
         }
         check_fits(self.tokens.len() + tokens.len(), self.shape.context, config.context)?;
+        self.settle();
         // A single token that continues a text is one that a caller has chosen: decoding.
         let decoded = tokens.is_empty() || (tokens.len() == 1 && !self.tokens.is_empty());
         // Of a text that was run only the last token can be left.
@@ -342,6 +349,13 @@ impl Session {
             self.prompt = self.tokens.len();
         }
         Ok(())
+    }
+
+    /// Takes out of the cache what a generation that has ended ran ahead of its text.
+    fn settle(&mut self) {
+        if std::mem::take(&mut self.ahead) > 0 {
+            self.decoder.truncate(self.tokens.len() - 1);
+        }
     }
 
     /// Undoes what a call has appended to a text of so many tokens with a prompt that ended there.
@@ -388,26 +402,23 @@ impl Session {
                 return Err(Error::Cancelled);
             }
             let chunk = &self.tokens[start..end];
-            self.decoder.forward(chunk, phase, Output::Nothing)?;
+            self.decoder.forward(Input::Tokens(chunk), phase, Output::Nothing)?;
             // One chunk at a time is on its way: work that is queued cannot be cancelled.
             self.decoder.wait()?;
         }
     }
 
-    /// Runs what is not in the cache yet and chooses the next token.
-    fn next_token(&mut self, step: &SampleStep<'_>) -> Result<u32> {
-        let (pending, phase) = (&self.tokens[self.decoder.length()..], self.phase());
+    /// Whether the device chooses by this step's rule; else the host does, from all logits.
+    fn samples_on_device(&self, step: &SampleStep<'_>) -> bool {
         let every_token_is_a_candidate = step.top_k == 0;
-        let on_device = step.is_greedy()
-            || (!every_token_is_a_candidate && step.top_k <= self.model.engine().max_top_k());
-        if on_device {
-            self.decoder.forward(pending, phase, Output::Sample(step))?;
-            self.decoder.token()
-        } else {
-            self.decoder.forward(pending, phase, Output::LastLogits)?;
-            let mut logits = self.decoder.logits()?;
-            step.choose(&mut logits).ok_or_else(not_finite)
-        }
+        step.is_greedy()
+            || (!every_token_is_a_candidate && step.top_k <= self.model.engine().max_top_k())
+    }
+
+    /// Runs what is not in the cache yet.
+    fn run_pending(&mut self, output: Output<'_>) -> Result<()> {
+        let (pending, phase) = (&self.tokens[self.decoder.length()..], self.phase());
+        self.decoder.forward(Input::Tokens(pending), phase, output)
     }
 }
 
@@ -498,17 +509,7 @@ impl Generation<'_> {
             self.finish = Some(FinishReason::Cancelled);
             return self.last_piece();
         }
-        let sampling = &self.options.sampling;
-        let step = SampleStep {
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-            min_p: sampling.min_p,
-            repetition_penalty: sampling.repetition_penalty,
-            seen: &self.seen,
-            draw: self.draws.draw(),
-        };
-        let token = self.session.next_token(&step)?;
+        let token = self.next_token()?;
         self.tick();
         self.seen.insert(token);
         self.session.tokens.push(token);
@@ -530,6 +531,46 @@ impl Generation<'_> {
             None => None,
         };
         Ok(Some(Piece { token: Some(token), text }))
+    }
+
+    /// Chooses the next token.
+    ///
+    /// Where the device chooses, it goes on with its token at once: the steps after this one are on
+    /// their way before its token is read, so that the device does not wait for the host. What they
+    /// make is worth nothing if the text ends here.
+    fn next_token(&mut self) -> Result<u32> {
+        let Self { session, options, draws, seen, timings, .. } = self;
+        let sampling = &options.sampling;
+        let mut step = SampleStep {
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            repetition_penalty: sampling.repetition_penalty,
+            seen,
+            draw: 0.0,
+        };
+        if !session.samples_on_device(&step) {
+            step.draw = draws.draw();
+            session.run_pending(Output::LastLogits)?;
+            let mut logits = session.decoder.logits()?;
+            return step.choose(&mut logits).ok_or_else(not_finite);
+        }
+        if session.ahead == 0 {
+            step.draw = draws.draw();
+            session.run_pending(Output::Sample(&step))?;
+            session.ahead = 1;
+        }
+        let wanted =
+            (1 + session.model.engine().look_ahead()).min(options.max_tokens - timings.new_tokens);
+        while session.ahead < wanted && session.decoder.length() < session.shape.context {
+            step.draw = draws.draw();
+            session.decoder.forward(Input::Sampled, Phase::Decode, Output::Sample(&step))?;
+            session.ahead += 1;
+        }
+        let token = session.decoder.token()?;
+        session.ahead -= 1;
+        Ok(token)
     }
 
     /// Text that was held back, if any; ends the iterator.

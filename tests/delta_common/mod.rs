@@ -1,7 +1,8 @@
 //! What the tests of compressed keys share: a text over one cache.
 
 use deltallm::backend::{
-    AttentionShape, Backend, CacheShape, KeyValueCache, Operations, Step, StreamShape, TensorFormat,
+    AttentionShape, Backend, CacheShape, Input, KeyValueCache, Operations, Step, StreamShape,
+    TensorFormat,
 };
 use deltallm::delta::{AttentionPolicy, CacheImage, Page, Phase};
 
@@ -69,7 +70,9 @@ pub fn attend_from<B: Backend>(
         let width = attention.qkv_width();
         backend.write(&mut qkv, &text.qkv[length * width..][..step * width]).expect("written");
         let tokens = vec![0; step];
-        stream.begin(&Step { tokens: &tokens, position: length, phase }).expect("begun");
+        stream
+            .begin(&Step { input: Input::Tokens(&tokens), position: length, phase })
+            .expect("begun");
         stream.rope_append(&mut qkv, &rope, &mut cache).expect("appended");
         stream.encode_keys(&mut cache).expect("encoded");
         stream.attention(&qkv, &cache, &mut out).expect("attended");
