@@ -46,12 +46,16 @@ fn matrix(format: MatrixFormat, rows: usize, cols: usize) -> MatrixSource {
             let data: Vec<u8> = random_bytes(rows / 4 * cols).into_iter().map(trits).collect();
             MatrixSource::packed("bench", rows, cols, data.into(), 1.0)
         }
-        MatrixFormat::BF16 | MatrixFormat::Q8 => {
+        MatrixFormat::BF16 | MatrixFormat::Q8 | MatrixFormat::Q4 => {
             // Exponents around zero: high bytes of small magnitude.
             let mut data = random_bytes(rows * cols * 2);
             data.chunks_exact_mut(2).for_each(|b| b[1] = 0x3c | b[1] & 0x80);
             let source = MatrixSource::float("bench", rows, cols, FloatType::BF16, data.into());
-            if format == MatrixFormat::Q8 { source.into_q8() } else { source }
+            match format {
+                MatrixFormat::Q8 => source.into_q8(),
+                MatrixFormat::Q4 => source.into_q4(),
+                _ => source,
+            }
         }
         _ => unreachable!("not benchmarked"),
     }
@@ -164,7 +168,7 @@ fn floor(c: &mut Criterion) {
 fn formats(model: &str) -> &'static [(&'static str, MatrixFormat)] {
     match model {
         "bitnet-2b" => &[("ternary", MatrixFormat::Ternary)],
-        _ => &[("bf16", MatrixFormat::BF16), ("q8", MatrixFormat::Q8)],
+        _ => &[("bf16", MatrixFormat::BF16), ("q8", MatrixFormat::Q8), ("q4", MatrixFormat::Q4)],
     }
 }
 

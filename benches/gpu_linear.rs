@@ -35,7 +35,7 @@ const fn shape(name: &'static str, rows: usize, cols: usize, format: MatrixForma
     Shape { name, rows, cols, format }
 }
 
-const SHAPES: [Shape; 9] = [
+const SHAPES: [Shape; 10] = [
     shape("bitnet qkv", 3840, 2560, MatrixFormat::Ternary),
     shape("bitnet o", 2560, 2560, MatrixFormat::Ternary),
     shape("bitnet gate_up", 13824, 2560, MatrixFormat::Ternary),
@@ -43,6 +43,7 @@ const SHAPES: [Shape; 9] = [
     // An eighth of the head.
     shape("bitnet head / 8", 16032, 2560, MatrixFormat::BF16),
     shape("bitnet head / 8", 16032, 2560, MatrixFormat::Q8),
+    shape("bitnet head / 8", 16032, 2560, MatrixFormat::Q4),
     shape("llama qkv", 3072, 2048, MatrixFormat::BF16),
     shape("llama gate_up", 16384, 2048, MatrixFormat::F16),
     shape("llama down", 2048, 8192, MatrixFormat::Q8),
@@ -63,10 +64,14 @@ fn matrix(shape: &Shape) -> MatrixSource {
         MatrixFormat::F16 => {
             MatrixSource::float(name, rows, cols, FloatType::F16, halves(0x2c).into())
         }
-        MatrixFormat::BF16 | MatrixFormat::Q8 | MatrixFormat::F32 => {
+        MatrixFormat::BF16 | MatrixFormat::Q8 | MatrixFormat::Q4 | MatrixFormat::F32 => {
             let matrix =
                 MatrixSource::float(name, rows, cols, FloatType::BF16, halves(0x3c).into());
-            if format == MatrixFormat::Q8 { matrix.into_q8() } else { matrix }
+            match format {
+                MatrixFormat::Q8 => matrix.into_q8(),
+                MatrixFormat::Q4 => matrix.into_q4(),
+                _ => matrix,
+            }
         }
     }
 }

@@ -44,6 +44,21 @@ pub struct StreamShape {
     pub vocabulary: usize,
 }
 
+/// What a model will be made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModelPlan {
+    /// Of the token table.
+    pub embedding: MatrixFormat,
+    /// Of the matrices of the layers.
+    pub body: MatrixFormat,
+    /// Of the output head.
+    pub head: MatrixFormat,
+    /// Between gate and up projection.
+    pub activation: Activation,
+    /// Width between gate and down projection.
+    pub intermediate: usize,
+}
+
 /// What a cache is made for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CacheShape {
@@ -130,6 +145,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Which device this is.
     fn device(&self) -> &DeviceInfo;
+
+    /// Announces a model, so that a device can make ready beside the loading of its weights. Whatever
+    /// was not announced is made ready when it is needed.
+    fn announce(&self, _plan: &ModelPlan) {}
 
     /// Brings matrices that share their input width to the device, stacked in the order given.
     ///

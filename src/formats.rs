@@ -50,14 +50,33 @@ pub enum MatrixFormat {
     BF16,
     /// `i8` in blocks of [`Q8_BLOCK`] columns of a row, one `f16` scale a block.
     Q8,
+    /// Four bits in blocks of [`Q8_BLOCK`] columns of a row, two columns a byte with the lower bits
+    /// first, one `f16` scale a block: `(level - 8) * scale`. Widths are whole blocks.
+    Q4,
     /// Two bits a weight, four output rows in a byte; multiplies 8-bit activations only.
     Ternary,
 }
 
-/// Columns that share a scale in [`MatrixFormat::Q8`].
+/// Columns that share a scale in [`MatrixFormat::Q8`] and [`MatrixFormat::Q4`].
 pub const Q8_BLOCK: usize = 32;
 
 impl MatrixFormat {
+    /// Bytes of `elements` of a row, scales not counted; of whole blocks for Q4. A row of ternary
+    /// bytes stands for four rows.
+    pub(crate) fn bytes_of(self, elements: usize) -> usize {
+        match self {
+            Self::F32 => 4 * elements,
+            Self::F16 | Self::BF16 => 2 * elements,
+            Self::Q8 | Self::Ternary => elements,
+            Self::Q4 => elements / 2,
+        }
+    }
+
+    /// Whether blocks of a row have scales.
+    pub(crate) fn has_block_scales(self) -> bool {
+        matches!(self, Self::Q8 | Self::Q4)
+    }
+
     /// The format's name as the command line spells it.
     pub fn name(self) -> &'static str {
         match self {
@@ -65,6 +84,7 @@ impl MatrixFormat {
             Self::F16 => "f16",
             Self::BF16 => "bf16",
             Self::Q8 => "q8",
+            Self::Q4 => "q4",
             Self::Ternary => "ternary",
         }
     }

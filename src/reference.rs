@@ -71,7 +71,7 @@ struct Matrix {
     format: MatrixFormat,
     /// `[storage_rows, row_bytes]`.
     values: Bytes,
-    /// Q8 only: `[rows, ceil(cols / 32)]`.
+    /// Q8 and Q4 only: `[rows, ceil(cols / 32)]`.
     block_scales: Vec<f16>,
     /// Ternary: what the product is multiplied by; else 1.
     scale: f32,
@@ -110,6 +110,12 @@ impl Matrix {
                 let level =
                     |(c, &b): (usize, &u8)| f32::from(b as i8) * scales[c / Q8_BLOCK].to_f32();
                 levels.iter().enumerate().map(level).collect()
+            }
+            MatrixFormat::Q4 => {
+                let scales = &self.block_scales[row * (cols / Q8_BLOCK)..];
+                let bytes = &self.values[row * (cols / 2)..];
+                let level = |c: usize| f32::from(bytes[c / 2] >> (4 * (c % 2)) & 15) - 8.0;
+                (0..cols).map(|c| level(c) * scales[c / Q8_BLOCK].to_f32()).collect()
             }
             MatrixFormat::Ternary => {
                 let quarter = self.rows.div_ceil(4);

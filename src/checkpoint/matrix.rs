@@ -128,7 +128,7 @@ impl FloatType {
 /// How the matrix lies in the file and what becomes of it.
 #[derive(Clone, Debug)]
 enum Storage {
-    /// Floats that keep their format, or become F32 or Q8.
+    /// Floats that keep their format, or become F32, Q8 or Q4.
     Float { stored: FloatType, data: Bytes, target: MatrixFormat },
     /// Packed trits, `[ceil(rows / 4), cols]` bytes.
     Packed { data: Bytes, scale: f32 },
@@ -148,6 +148,9 @@ enum Storage {
 /// - `F32`, `F16`, `BF16`: row-major, little endian.
 /// - `Q8`: row-major `i8`; each [`Q8_BLOCK`] columns of a row share a scale
 ///   `f16(max |w| / 127)`, the last block of a row may be short.
+/// - `Q4`: likewise in 4 bits, `ceil(cols / 2)` bytes a row, the even column in the lower bits. The
+///   scale is `f16(w / -8)` of the `w` that is greatest in magnitude, so that this one is met; an
+///   element stands for `(level - 8) * scale`. `cols` is a multiple of [`Q8_BLOCK`].
 /// - `Ternary`: `storage_rows = ceil(rows / 4)` rows of `cols` bytes. Bits `2j, 2j + 1` of byte
 ///   `[r, c]` hold the weight of row `r + j * storage_rows`, column `c`, plus one (0, 1, 2 for
 ///   -1, 0, +1); the layout of microsoft/bitnet-b1.58-2B-4T. Fields of rows that do not exist
@@ -227,6 +230,14 @@ impl MatrixSource {
         self.into_format(MatrixFormat::Q8)
     }
 
+    /// The same matrix in 4 bits, or in 8 where its rows are not whole blocks of [`Q8_BLOCK`];
+    /// ternary matrices stay as they are.
+    #[must_use]
+    pub fn into_q4(self) -> Self {
+        let whole = self.cols.is_multiple_of(Q8_BLOCK);
+        self.into_format(if whole { MatrixFormat::Q4 } else { MatrixFormat::Q8 })
+    }
+
     /// The same matrix in 32-bit floats, which hold every other float format exactly; ternary
     /// matrices stay as they are.
     #[must_use]
@@ -282,18 +293,14 @@ impl MatrixSource {
 
     /// Bytes of one encoded row without padding, scales not counted.
     pub fn row_bytes(&self) -> usize {
-        match self.format() {
-            MatrixFormat::F32 => self.cols * 4,
-            MatrixFormat::F16 | MatrixFormat::BF16 => self.cols * 2,
-            MatrixFormat::Q8 | MatrixFormat::Ternary => self.cols,
-        }
+        self.format().bytes_of(self.cols)
     }
 
-    /// Scales of one encoded row: one per [`Q8_BLOCK`] columns for Q8, else none.
+    /// Scales of one encoded row: one per [`Q8_BLOCK`] columns for Q8 and Q4, else none.
     pub fn row_scales(&self) -> usize {
-        match self.format() {
-            MatrixFormat::Q8 => self.cols.div_ceil(Q8_BLOCK),
-            _ => 0,
+        match self.format().has_block_scales() {
+            true => self.cols.div_ceil(Q8_BLOCK),
+            false => 0,
         }
     }
 
@@ -310,7 +317,7 @@ impl MatrixSource {
     }
 
     /// Appends storage rows `range` to `values`, each padded with zeros to `stride` bytes, and for
-    /// Q8 the rows' scales to `scales`, each row padded with zeros to `scale_stride` scales.
+    /// Q8 and Q4 the rows' scales to `scales`, each row padded with zeros to `scale_stride` scales.
     ///
     /// A zero byte of padding in a ternary row means four weights of -1: it must meet activations
     /// of zero.
@@ -336,8 +343,10 @@ impl MatrixSource {
             Storage::Float { stored, data, target } if stored.matrix_format() == *target => {
                 self.copy_rows(data, rows);
             }
-            Storage::Float { stored, data, target: MatrixFormat::Q8 } => {
-                self.encode_q8(*stored, data, rows, scale_stride, &mut scales[first_scale..]);
+            Storage::Float { stored, data, target } if target.has_block_scales() => {
+                let scales = &mut scales[first_scale..];
+                let quantize = if *target == MatrixFormat::Q8 { quantize_q8 } else { quantize_q4 };
+                self.encode_blocks(*stored, data, rows, scale_stride, scales, quantize);
             }
             Storage::Float { stored, data, .. } => self.encode_f32(*stored, data, rows),
             Storage::Master { stored, data, scale } => {
@@ -366,20 +375,21 @@ impl MatrixSource {
         );
     }
 
-    fn encode_q8(
+    fn encode_blocks(
         &self,
         stored: FloatType,
         data: &[u8],
         (range, stride, out): Rows<'_>,
         scale_stride: usize,
         scales: &mut [f16],
+        quantize: impl Fn(&[f32], &mut [u8], &mut [f16]) + Sync,
     ) {
         let out = out.par_chunks_exact_mut(stride).zip(scales.par_chunks_exact_mut(scale_stride));
         range.into_par_iter().zip(out).for_each_init(
             || vec![0.0; self.cols],
             |floats, (row, (levels, scales))| {
                 self.decode_row(stored, data, row, floats);
-                quantize_q8(floats, levels, scales);
+                quantize(floats, levels, scales);
             },
         );
     }
@@ -451,6 +461,23 @@ fn quantize_q8(row: &[f32], levels: &mut [u8], scales: &mut [f16]) {
         let inverse = if *scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
         for (level, w) in levels.iter_mut().zip(block) {
             *level = round_half_even(w * inverse).clamp(-127.0, 127.0) as i8 as u8;
+        }
+    }
+}
+
+/// 4 bits, two columns a byte: `w ~ (level - 8) * scale` with `scale = f16(w / -8)` of the greatest `w`
+/// of a block. The row is of whole blocks.
+fn quantize_q4(row: &[f32], levels: &mut [u8], scales: &mut [f16]) {
+    let blocks = row.chunks_exact(Q8_BLOCK).zip(levels.chunks_exact_mut(Q8_BLOCK / 2)).zip(scales);
+    for ((block, levels), scale) in blocks {
+        // As above: NaN stays.
+        let larger = |m: f32, &w: &f32| if w.abs() > m.abs() || w.is_nan() { w } else { m };
+        let greatest = block.iter().fold(0.0, larger);
+        *scale = f16::from_f32(greatest / -8.0);
+        let inverse = if *scale != f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
+        let level = |w: f32| (round_half_even(w * inverse) + 8.0).clamp(0.0, 15.0) as u8;
+        for (byte, pair) in levels.iter_mut().zip(block.as_chunks::<2>().0) {
+            *byte = level(pair[0]) | level(pair[1]) << 4;
         }
     }
 }

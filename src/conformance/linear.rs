@@ -12,12 +12,13 @@ use crate::reference::Reference;
 /// Tokens of a step: about where a backend may switch from matrix-vector to matrix-matrix kernels.
 const ROWS: [usize; 6] = [1, 2, 3, 5, 17, 33];
 
-/// Float weight formats: how the file stores them, and whether they become Q8.
-pub(super) const FLOATS: [(&str, FloatType, bool); 4] = [
-    ("f32", FloatType::F32, false),
-    ("f16", FloatType::F16, false),
-    ("bf16", FloatType::BF16, false),
-    ("q8", FloatType::F32, true),
+/// Float weight formats: how the file stores them, and what becomes of them.
+pub(super) const FLOATS: [(&str, FloatType, fn(MatrixSource) -> MatrixSource); 5] = [
+    ("f32", FloatType::F32, |source| source),
+    ("f16", FloatType::F16, |source| source),
+    ("bf16", FloatType::BF16, |source| source),
+    ("q8", FloatType::F32, MatrixSource::into_q8),
+    ("q4", FloatType::F32, MatrixSource::into_q4),
 ];
 
 /// A float matrix with weights in [-1, 1) and each fifth row all zeros.
@@ -25,7 +26,7 @@ pub(super) fn float_matrix(
     inputs: &mut Inputs,
     rows: usize,
     cols: usize,
-    (_, stored, q8): (&str, FloatType, bool),
+    (_, stored, target): (&str, FloatType, fn(MatrixSource) -> MatrixSource),
 ) -> MatrixSource {
     let mut data = Vec::with_capacity(rows * cols * stored.bytes());
     for row in 0..rows {
@@ -39,8 +40,7 @@ pub(super) fn float_matrix(
             }
         }
     }
-    let source = MatrixSource::float("conformance", rows, cols, stored, data.into());
-    if q8 { source.into_q8() } else { source }
+    target(MatrixSource::float("conformance", rows, cols, stored, data.into()))
 }
 
 /// A packed ternary matrix: bytes of four random trits, fields of missing rows hold 1.
@@ -138,7 +138,7 @@ pub(super) fn embed<B: Backend>(backend: &B) -> Result<Vec<Check>> {
 /// A dot product of `n` terms is within `(n + 4) u sum |x| |w|`: Q8 may scale each term or each
 /// block, one or two roundings more, and the residual is one more.
 pub(super) fn linear_float<B: Backend>(backend: &B) -> Result<Vec<Check>> {
-    let shapes: [(&[usize], usize); 9] = [
+    let shapes: [(&[usize], usize); 10] = [
         (&[1], 1),
         (&[5], 3),
         (&[7], 31),
@@ -147,6 +147,7 @@ pub(super) fn linear_float<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         (&[40, 8, 8], 96),
         (&[3, 1, 2], 33),
         (&[130], 520),
+        (&[34, 6], 544),
         (&[65, 65], 160),
     ];
     let mut checks = Vec::new();

@@ -2,7 +2,7 @@
 
 use super::simd::{BLOCK, Kernel, Simd};
 use super::tensor::Tensor;
-use super::weights::{BFloat16, Float16, Float32, Levels8, Row, Weight};
+use super::weights::{BFloat16, Float16, Float32, Levels4, Levels8, Row, Weight};
 use super::{Machine, Matrix};
 use crate::backend::MatrixFormat;
 
@@ -18,6 +18,7 @@ pub(super) fn embed(machine: &Machine, tokens: &[u32], table: &Matrix, out: &mut
             MatrixFormat::F16 => level.run(Decode(Row::<Float16>::new(row, scales), out)),
             MatrixFormat::BF16 => level.run(Decode(Row::<BFloat16>::new(row, scales), out)),
             MatrixFormat::Q8 => level.run(Decode(Row::<Levels8>::new(row, scales), out)),
+            MatrixFormat::Q4 => level.run(Decode(Row::<Levels4>::new(row, scales), out)),
             MatrixFormat::Ternary => panic!("an embedding table is not ternary"),
         }
     }

@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use super::simd::{BLOCK, Kernel, Simd};
 use super::strips::{Strip, cut};
 use super::tensor::{Aligned, Tensor};
-use super::weights::{BFloat16, Float16, Float32, Levels8, Row, Weight};
+use super::weights::{BFloat16, Float16, Float32, Levels4, Levels8, Row, Weight};
 use super::{Machine, Matrix, Scratch};
 use crate::backend::MatrixFormat;
 
@@ -62,6 +62,7 @@ pub(super) fn linear(
             MatrixFormat::F16 => level.run(Typed::<Float16>(product, PhantomData)),
             MatrixFormat::BF16 => level.run(Typed::<BFloat16>(product, PhantomData)),
             MatrixFormat::Q8 => level.run(Typed::<Levels8>(product, PhantomData)),
+            MatrixFormat::Q4 => level.run(Typed::<Levels4>(product, PhantomData)),
             MatrixFormat::Ternary => panic!("ternary weights multiply Int8 tensors"),
         }
     });
@@ -108,8 +109,8 @@ impl<W: Weight> Kernel for Typed<'_, W> {
         for start in (0..cols).step_by(DECODED_COLS) {
             let len = DECODED_COLS.min(cols - start);
             for (r, decoded) in decoded.chunks_exact_mut(stride).enumerate() {
-                let (scales, bytes) = (matrix.row_scales(first + r), matrix.element_bytes());
-                let encoded = &matrix.row(first + r)[start * bytes..][..len * bytes];
+                let (scales, bytes) = (matrix.row_scales(first + r), |n| matrix.format.bytes_of(n));
+                let encoded = &matrix.row(first + r)[bytes(start)..][..bytes(len)];
                 // What is needed next, while all tokens pass by what is decoded here.
                 for line in (0..encoded.len()).step_by(64) {
                     simd.prefetch(encoded, encoded.len() + line);

@@ -162,7 +162,7 @@ struct Matrix {
     cols: usize,
     /// The file's own bytes where they can be.
     values: Bytes,
-    /// Q8 only: `[rows, ceil(cols / 32)]`.
+    /// Q8 and Q4 only: `[rows, ceil(cols / 32)]`.
     scales: Vec<f16>,
     /// Ternary: what the product is multiplied by.
     scale: f32,
@@ -183,18 +183,9 @@ impl Matrix {
         Self { format, rows, cols, values, scales, scale: source.scale() }
     }
 
-    /// Bytes of an element that is not packed.
-    fn element_bytes(&self) -> usize {
-        match self.format {
-            MatrixFormat::F32 => 4,
-            MatrixFormat::F16 | MatrixFormat::BF16 => 2,
-            MatrixFormat::Q8 | MatrixFormat::Ternary => 1,
-        }
-    }
-
     /// Bytes of a row that is not packed.
     fn row_bytes(&self) -> usize {
-        self.cols * self.element_bytes()
+        self.format.bytes_of(self.cols)
     }
 
     /// A row that is not packed.

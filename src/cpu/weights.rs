@@ -64,6 +64,12 @@ weight!(
     /// `i8` with a scale: a block is a block of [`crate::backend::Q8_BLOCK`].
     Levels8, BLOCK, |simd, raw, scale, i| simd.mul(simd.load_i8(raw, i), simd.splat_f16(scale))
 );
+weight!(
+    /// Fields of 4 bits with a scale and an offset of 8, in whole blocks as above.
+    Levels4, BLOCK / 2, |simd, raw, scale, i| {
+        simd.mul(simd.sub(simd.load_u4(raw, i), simd.splat(8.0)), simd.splat_f16(scale))
+    }
+);
 
 weight!(
     /// `i8` as it is.

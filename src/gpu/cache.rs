@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::buffer::Buffer;
 use super::device::Device;
+use super::shader::Kernel;
 use crate::backend::{AttentionShape, CacheBytes, CacheFormat, CacheShape, KeyValueCache};
 use crate::delta::{
     AttentionPolicy, ChannelBits, DeltaFormat, KeyFormat, PageLayout, Reference, ValueFormat,
@@ -212,7 +213,7 @@ impl Cache {
                 pages: 0,
             })
         });
-        Ok(Self {
+        let cache = Self {
             device: Arc::clone(device),
             shape: attention,
             policy,
@@ -222,7 +223,30 @@ impl Cache {
             value_store: ValueStore::of(&policy),
             tokens: Vec::new(),
             compressed: compressed.transpose()?,
-        })
+        };
+        device.announce(cache.kernels());
+        Ok(cache)
+    }
+
+    /// The kernels that work on such a cache.
+    fn kernels(&self) -> Vec<Kernel> {
+        let (exact, values) = (self.policy.exact, self.value_store);
+        let head_dim = self.shape.head_dim as u32;
+        let pages = self.compressed.as_ref().map(|compressed| compressed.kind);
+        let page = pages.map(|pages| pages.page);
+        let compressed = pages.is_some();
+        let mut kernels = vec![Kernel::RopeAppend { exact, compressed, values }];
+        if values.quantised().is_some() {
+            kernels.push(Kernel::RopeAppendValues { values, head_dim });
+        }
+        if let Some(pages) = pages {
+            kernels.push(Kernel::EncodeKeys { exact, pages, head_dim });
+            kernels.push(Kernel::AttentionExpand { pages, head_dim });
+        }
+        kernels.push(Kernel::AttentionTiled { exact, page, values, head_dim });
+        kernels.push(Kernel::Attention { exact, pages, values, head_dim });
+        kernels.push(Kernel::AttentionMerge { head_dim });
+        kernels
     }
 
     /// Elements of a head, padded.

@@ -1,12 +1,12 @@
 //! Which adapters there are, how one is chosen and opened, and how its failures become errors.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::buffer::Buffer;
 use super::pipeline::Pipeline;
+use super::pipelines::Pipelines;
 use super::shader::{Abilities, Kernel};
 use crate::backend::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
@@ -166,14 +166,13 @@ pub(super) struct Device {
     pub raw: wgpu::Device,
     pub queue: wgpu::Queue,
     pub info: DeviceInfo,
-    pub abilities: Abilities,
     /// Bytes of the largest storage binding and buffer, so that one binding covers a buffer.
     pub max_binding: u64,
     /// Bytes of the largest block that a matrix is cut into.
     pub max_matrix_block: u64,
     held: Arc<AtomicU64>,
     failure: Arc<Mutex<Option<Failure>>>,
-    pipelines: Mutex<HashMap<Kernel, Arc<Pipeline>>>,
+    pub pipelines: Pipelines,
 }
 
 impl Device {
@@ -214,6 +213,11 @@ impl Device {
             f16: features.contains(wgpu::Features::SHADER_F16),
             subgroups: features.contains(wgpu::Features::SUBGROUP),
         };
+        let compiler = raw.clone();
+        let pipelines = Pipelines::new(move |kernel| {
+            scoped(&compiler, || Pipeline::new(&compiler, kernel, abilities))
+                .map_err(|error| error.to_string())
+        });
         let mut names = Vec::new();
         names.extend(abilities.f16.then(|| "f16".to_owned()));
         names.extend(abilities.subgroups.then(|| "subgroups".to_owned()));
@@ -229,14 +233,13 @@ impl Device {
             raw,
             queue,
             info,
-            abilities,
             max_binding,
             max_matrix_block: options
                 .max_matrix_block
                 .map_or(max_binding, |max| max.min(max_binding)),
             held: Arc::default(),
             failure,
-            pipelines: Mutex::default(),
+            pipelines,
         })
     }
 
@@ -308,32 +311,19 @@ impl Device {
         self.check()
     }
 
-    /// The pipeline of a kernel, compiled at its first use.
-    pub(super) fn pipeline(&self, kernel: Kernel) -> Result<Arc<Pipeline>> {
-        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = pipelines.get(&kernel) {
-            return Ok(Arc::clone(pipeline));
-        }
-        let pipeline = self
-            .scoped(|| Pipeline::new(&self.raw, kernel, self.abilities))
-            .map_err(|error| self.fault(kernel.name(), error.to_string()))?;
-        let pipeline = Arc::new(pipeline);
-        pipelines.insert(kernel, Arc::clone(&pipeline));
-        Ok(pipeline)
+    /// Has kernels compiled that will be needed; returns at once.
+    pub(super) fn announce(&self, kernels: impl IntoIterator<Item = Kernel>) {
+        self.pipelines.announce(kernels);
     }
 
-    /// Whatever wgpu reports while `f` runs becomes an error. The scopes belong to this thread.
+    /// The pipeline of a kernel, compiled by now unless it was announced early enough.
+    pub(super) fn pipeline(&self, kernel: Kernel) -> Result<Arc<Pipeline>> {
+        self.pipelines.get(kernel).map_err(|message| self.fault(kernel.name(), message))
+    }
+
+    /// Whatever wgpu reports while `f` runs becomes an error.
     pub(super) fn scoped<T>(&self, f: impl FnOnce() -> T) -> Result<T, wgpu::Error> {
-        use wgpu::ErrorFilter::{Internal, OutOfMemory, Validation};
-        let scopes =
-            [Internal, OutOfMemory, Validation].map(|kind| self.raw.push_error_scope(kind));
-        let result = f();
-        let mut first = None;
-        for scope in scopes.into_iter().rev() {
-            let error = pollster::block_on(scope.pop());
-            first = first.or(error);
-        }
-        first.map_or(Ok(result), Err)
+        scoped(&self.raw, f)
     }
 
     /// Fails once the device was lost or the driver reported an error outside any call.
@@ -406,6 +396,19 @@ impl Device {
         let device = self.info.name.clone();
         Error::Device { device, what: what.to_owned(), message: message.into() }
     }
+}
+
+/// Whatever wgpu reports while `f` runs becomes an error. The scopes belong to this thread.
+fn scoped<T>(device: &wgpu::Device, f: impl FnOnce() -> T) -> Result<T, wgpu::Error> {
+    use wgpu::ErrorFilter::{Internal, OutOfMemory, Validation};
+    let scopes = [Internal, OutOfMemory, Validation].map(|kind| device.push_error_scope(kind));
+    let result = f();
+    let mut first = None;
+    for scope in scopes.into_iter().rev() {
+        let error = pollster::block_on(scope.pop());
+        first = first.or(error);
+    }
+    first.map_or(Ok(result), Err)
 }
 
 fn keep(slot: &Mutex<Option<Failure>>, failure: Failure) {

@@ -5,6 +5,8 @@
 
 use super::buffer::Buffer;
 use super::device::Device;
+use super::linear_ternary;
+use super::shader::Kernel;
 use super::stream::Stream;
 use super::tensor::{Tensor, padded};
 use crate::backend::{Footprint, MatrixFormat, Q8_BLOCK, TensorFormat};
@@ -45,7 +47,7 @@ struct Segment {
 pub(super) struct Block {
     /// Storage rows, each padded to [`Linear::stride`] columns.
     pub(super) weights: Buffer,
-    /// Q8: `[rows, stride / 32]` f16.
+    /// Q8 and Q4: `[rows, stride / 32]` f16.
     pub(super) scales: Option<Buffer>,
     /// Ternary: `[MAX_SEGMENTS]` of [`Segment`].
     pub(super) segments: Option<Buffer>,
@@ -95,14 +97,10 @@ impl Linear {
             return Err(device.fault(first.name(), message));
         }
         let stride = match format {
-            MatrixFormat::Q8 => cols.next_multiple_of(2 * Q8_BLOCK),
+            MatrixFormat::Q8 | MatrixFormat::Q4 => cols.next_multiple_of(2 * Q8_BLOCK),
             _ => padded(cols),
         };
-        let row_bytes = match format {
-            MatrixFormat::F32 => stride * 4,
-            MatrixFormat::F16 | MatrixFormat::BF16 => stride * 2,
-            MatrixFormat::Q8 | MatrixFormat::Ternary => stride,
-        };
+        let row_bytes = format.bytes_of(stride);
         let fitting = (device.max_matrix_block / row_bytes.max(1) as u64) as usize;
         if fitting == 0 {
             return Err(Error::DeviceLimit {
@@ -127,6 +125,23 @@ impl Linear {
     }
 }
 
+/// The kernels of a format: those of many tokens, and of few.
+pub(super) fn kernels(format: MatrixFormat) -> (Vec<Kernel>, Vec<Kernel>) {
+    let adds = [false, true].into_iter();
+    if format == MatrixFormat::Ternary {
+        let tiles = |add| {
+            let tile = move |tokens| Kernel::LinearTernaryTiled { add, tokens };
+            linear_ternary::TILE_TOKENS.into_iter().rev().map(tile)
+        };
+        let few = adds.clone().map(|add| Kernel::LinearTernary { add });
+        (adds.flat_map(tiles).collect(), few.collect())
+    } else {
+        let many = adds.clone().map(|add| Kernel::LinearFloatTiled { weights: format, add });
+        let few = adds.map(|add| Kernel::LinearFloat { weights: format, add });
+        (many.collect(), few.collect())
+    }
+}
+
 /// Writes matrices to the device in bounded pieces.
 struct Upload<'a> {
     device: &'a Device,
@@ -148,9 +163,9 @@ impl<'a> Upload<'a> {
         let device = self.device;
         let name = stack[0].name();
         let weights = device.storage(name, (rows * self.row_bytes) as u64)?;
-        let q8 = stack[0].format() == MatrixFormat::Q8;
-        let scales_stride = if q8 { self.stride / Q8_BLOCK } else { 0 };
-        let scales = match q8 {
+        let scaled = stack[0].format().has_block_scales();
+        let scales_stride = if scaled { self.stride / Q8_BLOCK } else { 0 };
+        let scales = match scaled {
             true => Some(device.storage(name, (rows * scales_stride * 2) as u64)?),
             false => None,
         };

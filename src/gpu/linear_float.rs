@@ -18,10 +18,10 @@ struct Params {
     tokens: u32,
 }
 
-/// The bindings of kernels that read a float matrix: weights, input, output, and Q8's scales.
+/// The bindings of kernels that read a float matrix: weights, input, output, and the scales of blocks.
 pub(super) fn bindings(format: MatrixFormat) -> Vec<(u32, Binding)> {
     let mut bindings = vec![(1, Binding::Read), (2, Binding::Read), (3, Binding::Write)];
-    if format == MatrixFormat::Q8 {
+    if format.has_block_scales() {
         bindings.push((4, Binding::Read));
     }
     bindings

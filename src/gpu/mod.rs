@@ -5,7 +5,7 @@
 //! | `device` | adapters, opening one, its failures as errors |
 //! | `buffer`, `tensor`, `linear`, `cache` | what lies on the device |
 //! | `image` | a cache read back, and restored |
-//! | `shader`, `pipeline` | the table of kernels, linking and compiling them |
+//! | `shader`, `pipeline`, `pipelines` | the table of kernels, linking them, and compiling them ahead |
 //! | `recorder`, `stream` | a session's operations, submitted once a step |
 //! | one for each operation | its parameters and grid; the kernel is `shaders/<operation>.wgsl` |
 //!
@@ -25,6 +25,7 @@ mod linear_float;
 mod linear_ternary;
 mod norm;
 mod pipeline;
+mod pipelines;
 mod recorder;
 mod rope_append;
 mod sample;
@@ -42,9 +43,12 @@ pub use shader::{ShaderSource, shader_sources};
 pub use stream::Stream;
 pub use tensor::{Norm, Rope, Tensor};
 
-use crate::backend::{Backend, CacheShape, DeviceInfo, Footprint, StreamShape, TensorFormat};
+use crate::backend::{
+    Backend, CacheShape, DeviceInfo, Footprint, MatrixFormat, ModelPlan, StreamShape, TensorFormat,
+};
 use crate::checkpoint::MatrixSource;
 use crate::error::Result;
+use shader::Kernel;
 use tensor::{RowScale, padded};
 
 /// An open GPU. Cheap to clone: clones share the device.
@@ -66,6 +70,12 @@ impl Gpu {
     /// Which device this is.
     pub fn info(&self) -> &DeviceInfo {
         &self.device.info
+    }
+
+    /// Kernels that were needed and never announced.
+    #[cfg(test)]
+    pub(crate) fn missed_kernels(&self) -> Vec<&'static str> {
+        self.device.pipelines.missed()
     }
 
     /// Gives the device up, as if its driver had lost it: whatever uses it from now on fails with
@@ -98,6 +108,10 @@ impl Backend for Gpu {
 
     fn device(&self) -> &DeviceInfo {
         self.info()
+    }
+
+    fn announce(&self, plan: &ModelPlan) {
+        self.device.announce(kernels_of(plan));
     }
 
     fn linear(&self, stack: &[MatrixSource]) -> Result<Linear> {
@@ -167,6 +181,31 @@ impl Backend for Gpu {
     fn look_ahead(&self) -> usize {
         1
     }
+}
+
+/// What a model runs but for its attention, which each session's caches announce: what a prompt
+/// needs first comes first.
+fn kernels_of(plan: &ModelPlan) -> Vec<Kernel> {
+    let ModelPlan { embedding, body, head, activation, intermediate } = *plan;
+    let ternary = body == MatrixFormat::Ternary;
+    let projected = if ternary { TensorFormat::Int8 } else { TensorFormat::F32 };
+    let mut kernels = vec![Kernel::Embed { table: embedding }, Kernel::Norm { out: projected }];
+    let (many, few) = linear::kernels(body);
+    kernels.extend(many);
+    kernels.push(Kernel::Gate {
+        activation,
+        norm: ternary,
+        out: projected,
+        vec4: intermediate.is_multiple_of(4),
+    });
+    kernels.push(Kernel::Norm { out: TensorFormat::F32 });
+    kernels.push(Kernel::LinearFloat { weights: head, add: false });
+    for first in [true, false] {
+        kernels.extend([Kernel::SampleBest { first }, Kernel::SampleTop { first }]);
+    }
+    kernels.push(Kernel::SampleDraw);
+    kernels.extend(few);
+    kernels
 }
 
 impl Gpu {

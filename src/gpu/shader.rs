@@ -183,7 +183,13 @@ impl Kernel {
     /// Every kernel; those that depend on the size of a head for several sizes.
     fn all() -> Vec<Self> {
         let tensors = [TensorFormat::F32, TensorFormat::Int8];
-        let floats = [MatrixFormat::F32, MatrixFormat::F16, MatrixFormat::BF16, MatrixFormat::Q8];
+        let floats = [
+            MatrixFormat::F32,
+            MatrixFormat::F16,
+            MatrixFormat::BF16,
+            MatrixFormat::Q8,
+            MatrixFormat::Q4,
+        ];
         let caches = [CacheFormat::F32, CacheFormat::F16];
         let mut all = Vec::new();
         for weights in floats {
@@ -296,6 +302,7 @@ pub(super) fn weights(format: MatrixFormat, abilities: Abilities) -> (&'static s
         MatrixFormat::F16 => (wgsl!("common/weights_f16.wgsl"), false),
         MatrixFormat::BF16 => (wgsl!("common/weights_bf16.wgsl"), false),
         MatrixFormat::Q8 => (wgsl!("common/weights_q8.wgsl"), false),
+        MatrixFormat::Q4 => (wgsl!("common/weights_q4.wgsl"), false),
         // Ternary matrices never come here: they have kernels of their own.
         MatrixFormat::F32 | MatrixFormat::Ternary => (wgsl!("common/weights_f32.wgsl"), false),
     }

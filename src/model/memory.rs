@@ -51,6 +51,7 @@ pub fn plan_memory(
     let float = |elements: u128| match weights {
         WeightFormat::Stored => elements * wide(stored_bytes_per_float),
         WeightFormat::Q8 => elements + 2 * elements.div_ceil(wide(Q8_BLOCK)),
+        WeightFormat::Q4 => elements.div_ceil(2) + 2 * elements.div_ceil(wide(Q8_BLOCK)),
     };
     let body = |elements: u128| match config.ternary {
         Some(_) => elements.div_ceil(4),

@@ -47,6 +47,9 @@ pub enum WeightFormat {
     /// 8 bits in blocks of [`Q8_BLOCK`](crate::backend::Q8_BLOCK): about half of bf16. Ternary
     /// matrices stay ternary; embedding and head become 8 bits.
     Q8,
+    /// 4 bits in blocks of as many, where rows are whole blocks, else 8: about a quarter of bf16.
+    /// Ternary matrices stay ternary. Rounding to 4 bits costs accuracy.
+    Q4,
 }
 
 /// How to open a model. `ModelOptions::default()` is right for most.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Decoder, LoadProgress, MemoryUse, Output, SessionShape, WeightFormat};
 use crate::backend::{
     Backend, CacheShape, DeviceInfo, DeviceKind, Footprint, Input, KeyValueCache, MatrixFormat,
-    Operations, Step, StreamShape, TensorFormat,
+    ModelPlan, Operations, Step, StreamShape, TensorFormat,
 };
 use crate::checkpoint::{Checkpoint, MatrixSource, ModelConfig, Tensors};
 use crate::delta::{CacheImage, Originals, Page, Phase};
@@ -162,6 +162,7 @@ impl<B: Backend> Transformer<B> {
             done: LoadProgress { bytes: 0, total: checkpoint.tensors.total_bytes() },
             progress,
         };
+        backend.announce(&loader.plan()?);
         let ModelConfig { vocabulary, hidden, .. } = checkpoint.config;
         let embedding = loader.float("model.embed_tokens", vocabulary, hidden)?;
         let layers = (0..checkpoint.config.layers)
@@ -418,6 +419,23 @@ struct Loader<'a, B: Backend> {
 }
 
 impl<B: Backend> Loader<'_, B> {
+    /// What the model will be made of; its first layer stands for all.
+    fn plan(&self) -> Result<ModelPlan> {
+        let ModelConfig { hidden, vocabulary, intermediate, activation, .. } = *self.config;
+        let float =
+            |name: &str, rows, cols| self.float_source(name, rows, cols).map(|s| s.format());
+        let embedding = float("model.embed_tokens", vocabulary, hidden)?;
+        let head = match self.config.tied_head {
+            Some(false) => float("lm_head", vocabulary, hidden)?,
+            _ => embedding,
+        };
+        let body = match self.config.ternary {
+            Some(_) => MatrixFormat::Ternary,
+            None => float("model.layers.0.mlp.gate_proj", intermediate, hidden)?,
+        };
+        Ok(ModelPlan { embedding, body, head, activation, intermediate })
+    }
+
     fn layer(&mut self, index: usize) -> Result<Layer<B>> {
         let ModelConfig { hidden, intermediate, attention, .. } = *self.config;
         let (q, kv) = (attention.width(), attention.kv_width());
@@ -459,6 +477,7 @@ impl<B: Backend> Loader<'_, B> {
         Ok(match self.weights {
             WeightFormat::Stored => source,
             WeightFormat::Q8 => source.into_q8(),
+            WeightFormat::Q4 => source.into_q4(),
         })
     }
 
@@ -508,6 +527,55 @@ impl<B: Backend> Loader<'_, B> {
         match (self.progress)(self.done) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(Error::Cancelled),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::delta::AttentionPolicy;
+    use crate::gpu::{Gpu, GpuOptions, Select};
+    use crate::model::Engine;
+    use crate::sampler::{SampleStep, TokenSet};
+
+    /// What is not announced is found by a user who waits for it.
+    #[test]
+    fn a_session_needs_no_kernel_that_was_not_announced() {
+        let options = GpuOptions { select: Select::Named(String::new()), ..GpuOptions::default() };
+        for model in ["bitnet-64", "llama-64", "llama-80"] {
+            let dir = format!("{}/tests/fixtures/{model}", env!("CARGO_MANIFEST_DIR"));
+            let checkpoint = Checkpoint::open(dir).expect("a fixture");
+            let gpu = Gpu::open(&options).expect("an adapter");
+            let keep_on = &mut |_| ControlFlow::Continue(());
+            let stored = WeightFormat::Stored;
+            let model = Transformer::load(gpu.clone(), &checkpoint, stored, keep_on);
+            let model = Arc::new(model.expect("it loads"));
+            let seen = TokenSet::new(checkpoint.config.vocabulary);
+            for policy in [AttentionPolicy::dense(), AttentionPolicy::delta()] {
+                let shape = SessionShape::new(checkpoint.config.context, policy);
+                let mut run = Arc::clone(&model).start(shape).expect("a session");
+                for top_k in [1, 40] {
+                    let step = SampleStep {
+                        temperature: 1.0,
+                        top_k,
+                        top_p: 0.9,
+                        min_p: 0.0,
+                        repetition_penalty: 1.0,
+                        seen: &seen,
+                        draw: 0.5,
+                    };
+                    let phase = Phase::Prefill { length: 150 };
+                    run.forward(Input::Tokens(&[5; 150]), phase, Output::Sample(&step))
+                        .expect("a prompt");
+                    run.forward(Input::Sampled, Phase::Decode, Output::Sample(&step))
+                        .expect("a token");
+                    run.token().expect("the first token");
+                    run.token().expect("the second token");
+                    run.truncate(0);
+                }
+            }
+            assert_eq!(gpu.missed_kernels(), [""; 0]);
         }
     }
 }

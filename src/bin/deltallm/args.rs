@@ -45,6 +45,8 @@ pub enum Weights {
     Stored,
     /// 8 bits in blocks of 32
     Q8,
+    /// 4 bits in blocks of 32, which costs accuracy
+    Q4,
 }
 
 impl From<Weights> for WeightFormat {
@@ -52,6 +54,7 @@ impl From<Weights> for WeightFormat {
         match weights {
             Weights::Stored => Self::Stored,
             Weights::Q8 => Self::Q8,
+            Weights::Q4 => Self::Q4,
         }
     }
 }

@@ -1,0 +1,141 @@
+//! The compiled kernels of a device, and the threads that compile them ahead.
+//!
+//! A driver takes milliseconds to seconds for a kernel. Whatever is brought to the device announces
+//! the kernels that work on it, so that they are compiled beside the loading of weights; who needs one
+//! that is not ready waits for it, or compiles it where nobody has begun.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+
+use super::pipeline::Pipeline;
+use super::shader::Kernel;
+
+/// A kernel's pipeline, or what the driver said; empty while nobody has compiled it.
+type Slot = Arc<OnceLock<Result<Arc<Pipeline>, String>>>;
+
+/// Compiles a kernel.
+type Compile = dyn Fn(Kernel) -> Result<Pipeline, String> + Send + Sync;
+
+/// Threads at most: a phone's other cores read weights.
+const MAX_THREADS: usize = 4;
+
+#[derive(Default)]
+struct State {
+    slots: HashMap<Kernel, Slot>,
+    /// Announced, and not begun.
+    waiting: VecDeque<(Kernel, Slot)>,
+    /// Threads that will look for more.
+    busy: usize,
+    /// Kernels that were needed and never announced.
+    #[cfg(test)]
+    missed: Vec<&'static str>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    compile: Box<Compile>,
+    state: Mutex<State>,
+}
+
+/// All kernels of a device that anybody has asked for.
+pub(super) struct Pipelines {
+    shared: Arc<Shared>,
+    max_threads: usize,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fill(&self, kernel: Kernel, slot: &Slot) -> Result<Arc<Pipeline>, String> {
+        slot.get_or_init(|| (self.compile)(kernel).map(Arc::new)).clone()
+    }
+
+    /// Compiles what waits, until nothing does.
+    fn serve(&self) {
+        loop {
+            let mut state = self.state();
+            let Some((kernel, slot)) = state.waiting.pop_front() else {
+                state.busy -= 1;
+                return;
+            };
+            drop(state);
+            // A failure is told to whoever needs the kernel.
+            let _ = self.fill(kernel, &slot);
+        }
+    }
+}
+
+impl Pipelines {
+    pub(super) fn new(
+        compile: impl Fn(Kernel) -> Result<Pipeline, String> + Send + Sync + 'static,
+    ) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let shared = Shared { compile: Box::new(compile), state: Mutex::default() };
+        Self {
+            shared: Arc::new(shared),
+            max_threads: cores.saturating_sub(1).clamp(1, MAX_THREADS),
+        }
+    }
+
+    /// The pipeline of a kernel.
+    ///
+    /// # Errors
+    /// What the driver said.
+    pub(super) fn get(&self, kernel: Kernel) -> Result<Arc<Pipeline>, String> {
+        let mut state = self.shared.state();
+        if !state.slots.contains_key(&kernel) {
+            log::debug!("{} is compiled when it is needed", kernel.name());
+            #[cfg(test)]
+            state.missed.push(kernel.name());
+        }
+        let slot = Arc::clone(state.slots.entry(kernel).or_default());
+        drop(state);
+        self.shared.fill(kernel, &slot)
+    }
+
+    /// Kernels that were needed and never announced.
+    #[cfg(test)]
+    pub(super) fn missed(&self) -> Vec<&'static str> {
+        self.shared.state().missed.clone()
+    }
+
+    /// Has kernels compiled that will be needed; returns at once.
+    pub(super) fn announce(&self, kernels: impl IntoIterator<Item = Kernel>) {
+        let mut state = self.shared.state();
+        for kernel in kernels {
+            if !state.slots.contains_key(&kernel) {
+                let slot = Slot::default();
+                state.slots.insert(kernel, Arc::clone(&slot));
+                state.waiting.push_back((kernel, slot));
+            }
+        }
+        while state.busy < self.max_threads.min(state.waiting.len()) {
+            let shared = Arc::clone(&self.shared);
+            let thread = std::thread::Builder::new().name("deltallm-compile".into());
+            // Without a thread, kernels are compiled when they are needed.
+            let Ok(thread) = thread.spawn(move || shared.serve()) else {
+                break;
+            };
+            state.busy += 1;
+            state.threads.retain(|thread| !thread.is_finished());
+            state.threads.push(thread);
+        }
+    }
+}
+
+/// No thread is left within a driver that is about to go.
+impl Drop for Pipelines {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        state.waiting.clear();
+        let threads = std::mem::take(&mut state.threads);
+        drop(state);
+        for thread in threads {
+            // It panics only where a driver does.
+            let _ = thread.join();
+        }
+    }
+}
