@@ -43,7 +43,7 @@ CURRICULUM = [
 ]
 ANSWER_WEIGHT = 4.0
 WARM_UP = 40  # steps
-MUON_RATE = {"llama": 0.006, "bitnet": 0.01}
+MUON_RATE = {"llama": 0.012, "bitnet": 0.01}
 ADAM_RATE = 0.003
 
 
@@ -354,6 +354,18 @@ def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `packed` has made, as floats; whatever is not packed stays as it is."""
+    result = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.uint8:
+            fields = torch.cat([tensor >> shift & 3 for shift in (0, 2, 4, 6)])
+            result[name] = (fields.float() - 1) * tensors[name + "_scale"].float()
+        elif not name.endswith("_scale"):
+            result[name] = tensor.float()
+    return result
+
+
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -473,7 +485,12 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="hurry, on a slow or busy machine, to end by then"
     )
-    parser.add_argument("--init", type=Path, help="begin with the weights of this checkpoint")
+    parser.add_argument(
+        "--init", type=Path, help="begin with tokenizer and weights of this checkpoint, packed or not"
+    )
+    parser.add_argument(
+        "--from-length", type=int, default=0, help="leave out the shorter documents of the curriculum"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=float, default=5, metavar="MINUTES")
@@ -486,13 +503,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=not args.f32)
     rng = random.Random(args.seed)
-    tokenizer = train_tokenizer()
+    tokenizer = Tokenizer.from_file(str(args.init / "tokenizer.json")) if args.init else train_tokenizer()
     shape = Shape(tokenizer.get_vocab_size(), bitnet=args.model == "bitnet")
     model = Model(shape)
     if args.init:
-        tensors = load_file(args.init / "model.safetensors")
-        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        assert (args.init / "tokenizer.json").read_text() == tokenizer.to_str(pretty=True)
+        model.load_state_dict(unpacked(load_file(args.init / "model.safetensors")))
     matrices = [p for n, p in model.named_parameters() if n.endswith("_proj.weight")]
     others = [p for n, p in model.named_parameters() if not n.endswith("_proj.weight")]
     muon = Muon(matrices)
@@ -501,6 +516,8 @@ def main() -> None:
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {shape.vocabulary}"
     )
 
+    curriculum = [phase for phase in CURRICULUM if phase[0] >= args.from_length]
+    shares = sum(share for _, share, _, _ in curriculum)
     loss_of = model.loss if args.no_compile else torch.compile(model.loss, dynamic=False)
     muon_rate = args.rate or MUON_RATE[args.model]
     start = saved = time.monotonic()
@@ -525,8 +542,8 @@ def main() -> None:
             break
 
         before, share = length, 0.0
-        for length, part, size, dense in CURRICULUM:
-            share += part
+        for length, part, size, dense in curriculum:
+            share += part / shares
             if done < share:
                 break
         if length != before:

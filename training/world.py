@@ -654,7 +654,7 @@ def hinted(text: str) -> Iterator[tuple[str, bool]]:
 
 def dense(rng: random.Random, tokens: int) -> Document:
     """Nothing but facts, deeds or numbers, and questions about all of them."""
-    topic = rng.choices(["facts", "deeds", "numbers"], [0.45, 0.35, 0.2])[0]
+    topic = rng.choices(["facts", "deeds", "numbers"], [0.5, 0.35, 0.15])[0]
     jobs = topic == "deeds" and tokens > 100 and rng.random() < 0.5
     attributes = ["age", "phone"] if topic == "numbers" else list(ATTRIBUTES)
     story = Story(rng, (tokens - 12) // 2, jobs=jobs, dense=True, attributes=attributes)
