@@ -1,6 +1,6 @@
 // out[t, :] = x[t, :] W^T for ternary W and int8 x, for a few tokens: every weight is read once a
-// token. A workgroup takes two packed rows, eight outputs, of one token; its invocations share out
-// the columns. Grid: (ceil(packed rows / 2), T).
+// token. A workgroup takes ROWS packed rows, four times as many outputs, of one token; its
+// invocations share out the columns. Grid: (ceil(packed rows / ROWS), T).
 
 struct Params {
     packed_rows: u32,
@@ -13,21 +13,24 @@ struct Params {
 @compute @workgroup_size(WORKGROUP)
 fn main(lane: Lane, @builtin(workgroup_id) group: vec3<u32>) {
     let token = group.y;
-    let row0 = group.x * 2u;
-    let row1 = min(row0 + 1u, params.packed_rows - 1u);
-    var sums0 = vec4<i32>();
-    var sums1 = vec4<i32>();
+    let first = group.x * ROWS;
+    var sums: array<vec4<i32>, ROWS>;
+    var starts: array<u32, ROWS>;
+    for (var r = 0u; r < ROWS; r++) {
+        // Rows past the end repeat the last one and are not written.
+        starts[r] = min(first + r, params.packed_rows - 1u) * params.count16;
+        sums[r] = vec4<i32>();
+    }
     for (var i = lane.index; i < params.count16; i += WORKGROUP) {
         let a = x[token * params.count16 + i];
-        sums0 += dot_fields(weights[row0 * params.count16 + i], a);
-        sums1 += dot_fields(weights[row1 * params.count16 + i], a);
+        for (var r = 0u; r < ROWS; r++) {
+            sums[r] += dot_fields(weights[starts[r] + i], a);
+        }
     }
-    sums0 = workgroup_sum_vec4i(sums0, lane);
-    sums1 = workgroup_sum_vec4i(sums1, lane);
-    if (lane.index == 0u) {
-        store_fields(row0, token, sums0);
-    }
-    if (lane.index == 1u && row1 != row0) {
-        store_fields(row1, token, sums1);
+    for (var r = 0u; r < ROWS; r++) {
+        let sum = workgroup_sum_vec4i(sums[r], lane);
+        if (lane.index == r && first + r < params.packed_rows) {
+            store_fields(first + r, token, sum);
+        }
     }
 }

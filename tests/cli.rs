@@ -131,10 +131,10 @@ fn options_of_sampling_and_formats_reach_every_device() {
         let greedy = run_with(&["--temperature", "0"]);
         // The fixture's generation_config.json recommends to draw.
         assert_ne!(run_with(&[])["ids"], greedy["ids"]);
-        assert_eq!(
-            run_with(&["--weights", "q8", "--cache", "f32"])["ids"].as_array().map(Vec::len),
-            Some(12)
-        );
+        for weights in ["q8", "q4"] {
+            let made = run_with(&["--weights", weights, "--cache", "f32"]);
+            assert_eq!(made["ids"].as_array().map(Vec::len), Some(12));
+        }
         assert_eq!(run_with(&["--seed", "5"])["ids"], run_with(&["--seed", "5"])["ids"]);
         assert_ne!(run_with(&["--seed", "5"])["ids"], run_with(&["--seed", "6"])["ids"]);
         assert_eq!(run_with(&["--top-k", "1"])["ids"], greedy["ids"]);

@@ -111,6 +111,40 @@ fn a_generation_continues_over_turns() {
     }
 }
 
+/// A device may be a step ahead of the text; nobody must see it.
+#[test]
+fn a_generation_that_is_left_early_leaves_nothing_behind() {
+    for (device, options) in devices() {
+        let (model, golden) = (open("llama-64", &options), Golden::read("llama-64"));
+        let prompt = golden.ids("ids_65");
+        for policy in ["dense", "delta page=16 window=16 sink=4"] {
+            let case = format!("{policy} on {device}");
+            // 79 tokens of text: the step ahead is the one that completes a page.
+            for taken in [1, 14, 15] {
+                let mut left = compressed(&model, policy);
+                let mut asked = compressed(&model, policy);
+                let pieces = left.generate(prompt, &greedy(40)).expect("prompt");
+                assert_eq!(pieces.take(taken).filter(Result::is_ok).count(), taken, "{case}");
+                ids(&mut asked, prompt, &greedy(taken));
+                assert_eq!(left.tokens(), asked.tokens(), "{case}");
+                let counted = |session: &mut Session| {
+                    let counted = session.statistics().expect("statistics");
+                    format!("{counted:?}")
+                };
+                assert_eq!(counted(&mut left), counted(&mut asked), "{case}, {taken} taken");
+                let on = |session: &mut Session| {
+                    let more = ids(session, &[], &greedy(5));
+                    let more = [more, ids(session, &[7, 8, 9], &greedy(5))].concat();
+                    (more, session.evaluate(&[3]).expect("step"))
+                };
+                let ((found, logits), (expected, wanted)) = (on(&mut left), on(&mut asked));
+                assert_eq!(found, expected, "{case}, {taken} taken");
+                assert_same(&logits, &wanted, &case);
+            }
+        }
+    }
+}
+
 #[test]
 fn text_streams_whole_and_equals_transformers() {
     for (device, options) in devices() {

@@ -1,6 +1,7 @@
 // Sums and maxima over the whole workgroup: first within each subgroup, then over the subgroups'
 // results in workgroup memory. Every invocation must call them, and every invocation gets the
-// result. A subgroup may be of any size from one invocation to the workgroup.
+// result. A subgroup may be of any size from one invocation to the workgroup; where it is all of
+// it, there is nothing to wait for.
 
 struct Lane {
     @builtin(local_invocation_index) index: u32,
@@ -17,6 +18,9 @@ var<workgroup> part_vec4f: array<vec4<f32>, WORKGROUP>;
 
 fn workgroup_max_u32(value: u32, lane: Lane) -> u32 {
     var result = subgroupMax(value);
+    if (lane.subgroups == 1u) {
+        return result;
+    }
     // The result of an earlier call may still be being read.
     workgroupBarrier();
     if (lane.within == 0u) {
@@ -31,6 +35,9 @@ fn workgroup_max_u32(value: u32, lane: Lane) -> u32 {
 
 fn workgroup_sum_i32(value: i32, lane: Lane) -> i32 {
     let part = subgroupAdd(value);
+    if (lane.subgroups == 1u) {
+        return part;
+    }
     workgroupBarrier();
     if (lane.within == 0u) {
         part_i32[lane.subgroup] = part;
@@ -45,6 +52,9 @@ fn workgroup_sum_i32(value: i32, lane: Lane) -> i32 {
 
 fn workgroup_sum_f32(value: f32, lane: Lane) -> f32 {
     let part = subgroupAdd(value);
+    if (lane.subgroups == 1u) {
+        return part;
+    }
     workgroupBarrier();
     if (lane.within == 0u) {
         part_f32[lane.subgroup] = part;
@@ -59,6 +69,9 @@ fn workgroup_sum_f32(value: f32, lane: Lane) -> f32 {
 
 fn workgroup_sum_vec4i(value: vec4<i32>, lane: Lane) -> vec4<i32> {
     let part = subgroupAdd(value);
+    if (lane.subgroups == 1u) {
+        return part;
+    }
     workgroupBarrier();
     if (lane.within == 0u) {
         part_vec4i[lane.subgroup] = part;
@@ -73,6 +86,9 @@ fn workgroup_sum_vec4i(value: vec4<i32>, lane: Lane) -> vec4<i32> {
 
 fn workgroup_sum_vec4f(value: vec4<f32>, lane: Lane) -> vec4<f32> {
     let part = subgroupAdd(value);
+    if (lane.subgroups == 1u) {
+        return part;
+    }
     workgroupBarrier();
     if (lane.within == 0u) {
         part_vec4f[lane.subgroup] = part;
@@ -87,6 +103,9 @@ fn workgroup_sum_vec4f(value: vec4<f32>, lane: Lane) -> vec4<f32> {
 
 fn workgroup_max_vec4f(value: vec4<f32>, lane: Lane) -> vec4<f32> {
     var result = subgroupMax(value);
+    if (lane.subgroups == 1u) {
+        return result;
+    }
     workgroupBarrier();
     if (lane.within == 0u) {
         part_vec4f[lane.subgroup] = result;

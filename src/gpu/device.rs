@@ -8,6 +8,7 @@ use super::buffer::Buffer;
 use super::pipeline::Pipeline;
 use super::pipelines::Pipelines;
 use super::shader::{Abilities, Kernel};
+use super::tuning::{Tuning, Tunings};
 use crate::backend::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
 
@@ -41,6 +42,8 @@ pub struct GpuOptions {
     /// Cuts matrices into blocks of at most this many bytes, as on a device with smaller bindings.
     /// For tests.
     pub max_matrix_block: Option<u64>,
+    /// What was found out about devices.
+    pub tunings: Tunings,
 }
 
 impl Default for GpuOptions {
@@ -51,6 +54,7 @@ impl Default for GpuOptions {
             subgroups: true,
             floor_limits: false,
             max_matrix_block: None,
+            tunings: Tunings::default(),
         }
     }
 }
@@ -173,6 +177,7 @@ pub(super) struct Device {
     held: Arc<AtomicU64>,
     failure: Arc<Mutex<Option<Failure>>>,
     pub pipelines: Pipelines,
+    pub tuning: Tuning,
 }
 
 impl Device {
@@ -228,6 +233,8 @@ impl Device {
             driver: adapter.driver,
             features: names,
         };
+        let tuning = options.tunings.of(&info).copied().unwrap_or_default();
+        tuning.check()?;
         let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         Ok(Self {
             raw,
@@ -240,6 +247,7 @@ impl Device {
             held: Arc::default(),
             failure,
             pipelines,
+            tuning,
         })
     }
 

@@ -9,6 +9,7 @@ use super::linear_ternary;
 use super::shader::Kernel;
 use super::stream::Stream;
 use super::tensor::{Tensor, padded};
+use super::tuning::Tuning;
 use crate::backend::{Footprint, MatrixFormat, Q8_BLOCK, TensorFormat};
 use crate::checkpoint::MatrixSource;
 use crate::error::{Error, Result};
@@ -126,18 +127,19 @@ impl Linear {
 }
 
 /// The kernels of a format: those of many tokens, and of few.
-pub(super) fn kernels(format: MatrixFormat) -> (Vec<Kernel>, Vec<Kernel>) {
+pub(super) fn kernels(format: MatrixFormat, tuning: &Tuning) -> (Vec<Kernel>, Vec<Kernel>) {
+    let cut = tuning.of(format);
     let adds = [false, true].into_iter();
     if format == MatrixFormat::Ternary {
         let tiles = |add| {
             let tile = move |tokens| Kernel::LinearTernaryTiled { add, tokens };
             linear_ternary::TILE_TOKENS.into_iter().rev().map(tile)
         };
-        let few = adds.clone().map(|add| Kernel::LinearTernary { add });
+        let few = adds.clone().map(|add| Kernel::LinearTernary { add, cut });
         (adds.flat_map(tiles).collect(), few.collect())
     } else {
         let many = adds.clone().map(|add| Kernel::LinearFloatTiled { weights: format, add });
-        let few = adds.map(|add| Kernel::LinearFloat { weights: format, add });
+        let few = adds.map(|add| Kernel::LinearFloat { weights: format, add, cut });
         (many.collect(), few.collect())
     }
 }

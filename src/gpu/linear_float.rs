@@ -4,6 +4,7 @@ use super::linear::{FEW_TOKENS, Linear};
 use super::shader::{Abilities, Binding, Kernel, Program, reduce, weights, wgsl};
 use super::stream::Stream;
 use super::tensor::Tensor;
+use super::tuning::Cut;
 use crate::backend::MatrixFormat;
 use crate::error::Result;
 
@@ -27,10 +28,11 @@ pub(super) fn bindings(format: MatrixFormat) -> Vec<(u32, Binding)> {
     bindings
 }
 
-pub(super) fn program(format: MatrixFormat, add: bool, abilities: Abilities) -> Program {
+pub(super) fn program(format: MatrixFormat, add: bool, cut: Cut, abilities: Abilities) -> Program {
     let (weights, f16) = weights(format, abilities);
+    let Cut { workgroup, rows } = cut;
     Program {
-        constants: vec![("WORKGROUP", 64), ("ACCUMULATE", add.into())],
+        constants: vec![("WORKGROUP", workgroup), ("QUADS", rows / 4), ("ACCUMULATE", add.into())],
         parts: vec![reduce(abilities), weights, wgsl!("linear_float.wgsl")],
         bindings: bindings(format),
         f16,
@@ -66,7 +68,9 @@ impl Stream {
                 tokens: x.rows as u32,
             };
             let (kernel, grid) = if x.rows <= FEW_TOKENS {
-                (Kernel::LinearFloat { weights, add }, [block.rows.div_ceil(4), x.rows, 1])
+                let cut = self.device.tuning.of(weights);
+                let groups = block.rows.div_ceil(cut.rows as usize);
+                (Kernel::LinearFloat { weights, add, cut }, [groups, x.rows, 1])
             } else {
                 let grid = [block.rows.div_ceil(64), x.rows.div_ceil(64), 1];
                 (Kernel::LinearFloatTiled { weights, add }, grid)

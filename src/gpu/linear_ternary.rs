@@ -4,6 +4,7 @@ use super::linear::{FEW_TOKENS, Linear};
 use super::shader::{Abilities, Binding, Kernel, Program, reduce, wgsl};
 use super::stream::Stream;
 use super::tensor::Tensor;
+use super::tuning::Cut;
 use crate::error::Result;
 
 /// Register blocks of the tiled kernel, in tokens: tiles of 16 and 64.
@@ -23,9 +24,10 @@ fn bindings() -> Vec<(u32, Binding)> {
     vec![(1, Read), (2, Uniform), (3, Read), (4, Read), (5, Write)]
 }
 
-pub(super) fn program(add: bool, abilities: Abilities) -> Program {
+pub(super) fn program(add: bool, cut: Cut, abilities: Abilities) -> Program {
+    let Cut { workgroup, rows } = cut;
     Program {
-        constants: vec![("WORKGROUP", 64), ("ACCUMULATE", add.into())],
+        constants: vec![("WORKGROUP", workgroup), ("ROWS", rows), ("ACCUMULATE", add.into())],
         parts: vec![reduce(abilities), wgsl!("common/ternary.wgsl"), wgsl!("linear_ternary.wgsl")],
         bindings: bindings(),
         f16: false,
@@ -63,7 +65,9 @@ impl Stream {
                 tokens: x.rows as u32,
             };
             let (kernel, grid) = if x.rows <= FEW_TOKENS {
-                (Kernel::LinearTernary { add }, [block.rows.div_ceil(2), x.rows, 1])
+                let cut = self.device.tuning.ternary;
+                let groups = block.rows.div_ceil(cut.rows as usize);
+                (Kernel::LinearTernary { add, cut }, [groups, x.rows, 1])
             } else {
                 let tokens = if x.rows <= 32 { TILE_TOKENS[0] } else { TILE_TOKENS[1] };
                 let tiles = x.rows.div_ceil(8 * tokens as usize);

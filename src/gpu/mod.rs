@@ -6,6 +6,7 @@
 //! | `buffer`, `tensor`, `linear`, `cache` | what lies on the device |
 //! | `image` | a cache read back, and restored |
 //! | `shader`, `pipeline`, `pipelines` | the table of kernels, linking them, and compiling them ahead |
+//! | `tuning`, `tune` | how work is cut for a device, and finding that out |
 //! | `recorder`, `stream` | a session's operations, submitted once a step |
 //! | one for each operation | its parameters and grid; the kernel is `shaders/<operation>.wgsl` |
 //!
@@ -32,6 +33,8 @@ mod sample;
 mod shader;
 mod stream;
 mod tensor;
+mod tune;
+mod tuning;
 
 use std::sync::Arc;
 
@@ -42,6 +45,8 @@ pub use recorder::Counters;
 pub use shader::{ShaderSource, shader_sources};
 pub use stream::Stream;
 pub use tensor::{Norm, Rope, Tensor};
+pub use tune::{Measurement, Tuned, tune};
+pub use tuning::{Cut, Tuning, Tunings};
 
 use crate::backend::{
     Backend, CacheShape, DeviceInfo, Footprint, MatrixFormat, ModelPlan, StreamShape, TensorFormat,
@@ -111,7 +116,7 @@ impl Backend for Gpu {
     }
 
     fn announce(&self, plan: &ModelPlan) {
-        self.device.announce(kernels_of(plan));
+        self.device.announce(kernels_of(plan, &self.device.tuning));
     }
 
     fn linear(&self, stack: &[MatrixSource]) -> Result<Linear> {
@@ -185,12 +190,12 @@ impl Backend for Gpu {
 
 /// What a model runs but for its attention, which each session's caches announce: what a prompt
 /// needs first comes first.
-fn kernels_of(plan: &ModelPlan) -> Vec<Kernel> {
+fn kernels_of(plan: &ModelPlan, tuning: &Tuning) -> Vec<Kernel> {
     let ModelPlan { embedding, body, head, activation, intermediate } = *plan;
     let ternary = body == MatrixFormat::Ternary;
     let projected = if ternary { TensorFormat::Int8 } else { TensorFormat::F32 };
     let mut kernels = vec![Kernel::Embed { table: embedding }, Kernel::Norm { out: projected }];
-    let (many, few) = linear::kernels(body);
+    let (many, few) = linear::kernels(body, tuning);
     kernels.extend(many);
     kernels.push(Kernel::Gate {
         activation,
@@ -199,7 +204,7 @@ fn kernels_of(plan: &ModelPlan) -> Vec<Kernel> {
         vec4: intermediate.is_multiple_of(4),
     });
     kernels.push(Kernel::Norm { out: TensorFormat::F32 });
-    kernels.push(Kernel::LinearFloat { weights: head, add: false });
+    kernels.push(Kernel::LinearFloat { weights: head, add: false, cut: tuning.of(head) });
     for first in [true, false] {
         kernels.extend([Kernel::SampleBest { first }, Kernel::SampleTop { first }]);
     }

@@ -8,6 +8,7 @@
 use std::fmt::Write as _;
 
 use super::cache::{PageKeys, PageKind, ValueStore};
+use super::tuning::Cut;
 use super::{
     attention, embed, encode_keys, gate, linear_float, linear_ternary, norm, rope_append, sample,
 };
@@ -50,6 +51,7 @@ pub(super) enum Kernel {
     },
     LinearTernary {
         add: bool,
+        cut: Cut,
     },
     /// `tokens`: a register block, an eighth of the tile.
     LinearTernaryTiled {
@@ -59,6 +61,7 @@ pub(super) enum Kernel {
     LinearFloat {
         weights: MatrixFormat,
         add: bool,
+        cut: Cut,
     },
     LinearFloatTiled {
         weights: MatrixFormat,
@@ -148,9 +151,11 @@ impl Kernel {
         match self {
             Self::Embed { table } => embed::program(table, abilities),
             Self::Norm { out } => norm::program(out, abilities),
-            Self::LinearTernary { add } => linear_ternary::program(add, abilities),
+            Self::LinearTernary { add, cut } => linear_ternary::program(add, cut, abilities),
             Self::LinearTernaryTiled { add, tokens } => linear_ternary::tiled_program(add, tokens),
-            Self::LinearFloat { weights, add } => linear_float::program(weights, add, abilities),
+            Self::LinearFloat { weights, add, cut } => {
+                linear_float::program(weights, add, cut, abilities)
+            }
             Self::LinearFloatTiled { weights, add } => {
                 linear_float::tiled_program(weights, add, abilities)
             }
@@ -195,12 +200,13 @@ impl Kernel {
         for weights in floats {
             all.push(Self::Embed { table: weights });
             for add in [false, true] {
-                all.push(Self::LinearFloat { weights, add });
+                all.extend(Cut::all(weights).map(|cut| Self::LinearFloat { weights, add, cut }));
                 all.push(Self::LinearFloatTiled { weights, add });
             }
         }
         for add in [false, true] {
-            all.push(Self::LinearTernary { add });
+            let cuts = Cut::all(MatrixFormat::Ternary);
+            all.extend(cuts.map(|cut| Self::LinearTernary { add, cut }));
             for tokens in linear_ternary::TILE_TOKENS {
                 all.push(Self::LinearTernaryTiled { add, tokens });
             }

@@ -1,0 +1,174 @@
+//! What can be tuned for a device. Nobody knows beforehand which cut of the work suits a driver:
+//! [`tune`](super::tune) measures it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::{DeviceInfo, MatrixFormat};
+use crate::error::{Error, Result};
+
+/// How a workgroup of a product with few tokens is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Cut {
+    /// Invocations, which share out the columns: a power of two from 8 to 256.
+    pub workgroup: u32,
+    /// Storage rows: 2 or 4 of ternary matrices, 4 or 8 of others.
+    pub rows: u32,
+}
+
+impl Cut {
+    /// Every cut of a format.
+    pub fn all(format: MatrixFormat) -> impl Iterator<Item = Self> {
+        let least = least_rows(format);
+        let sizes = [8, 16, 32, 64, 128, 256].into_iter();
+        sizes.flat_map(move |workgroup| [1, 2].map(|n| Self { workgroup, rows: n * least }))
+    }
+}
+
+fn least_rows(format: MatrixFormat) -> u32 {
+    if format == MatrixFormat::Ternary { 2 } else { 4 }
+}
+
+/// The cut of each format. The default was chosen by reasoning, not by measurement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tuning {
+    /// Of ternary matrices.
+    pub ternary: Cut,
+    /// Of `f32`.
+    pub f32: Cut,
+    /// Of `f16`.
+    pub f16: Cut,
+    /// Of `bf16`.
+    pub bf16: Cut,
+    /// Of 8 bits.
+    pub q8: Cut,
+    /// Of 4 bits.
+    pub q4: Cut,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        let float = Cut { workgroup: 64, rows: 4 };
+        let ternary = Cut { workgroup: 64, rows: 2 };
+        Self { ternary, f32: float, f16: float, bf16: float, q8: float, q4: float }
+    }
+}
+
+impl Tuning {
+    /// The formats that there are.
+    pub const FORMATS: [MatrixFormat; 6] = [
+        MatrixFormat::Ternary,
+        MatrixFormat::F32,
+        MatrixFormat::F16,
+        MatrixFormat::BF16,
+        MatrixFormat::Q8,
+        MatrixFormat::Q4,
+    ];
+
+    /// The cut of a format.
+    pub fn of(&self, format: MatrixFormat) -> Cut {
+        match format {
+            MatrixFormat::Ternary => self.ternary,
+            MatrixFormat::F32 => self.f32,
+            MatrixFormat::F16 => self.f16,
+            MatrixFormat::BF16 => self.bf16,
+            MatrixFormat::Q8 => self.q8,
+            MatrixFormat::Q4 => self.q4,
+        }
+    }
+
+    /// The same to be changed.
+    pub fn of_mut(&mut self, format: MatrixFormat) -> &mut Cut {
+        match format {
+            MatrixFormat::Ternary => &mut self.ternary,
+            MatrixFormat::F32 => &mut self.f32,
+            MatrixFormat::F16 => &mut self.f16,
+            MatrixFormat::BF16 => &mut self.bf16,
+            MatrixFormat::Q8 => &mut self.q8,
+            MatrixFormat::Q4 => &mut self.q4,
+        }
+    }
+
+    /// # Errors
+    /// [`Error::Parameter`] where a cut is none of [`Cut::all`].
+    pub fn check(&self) -> Result<()> {
+        for format in Self::FORMATS {
+            let cut = self.of(format);
+            if !Cut::all(format).any(|possible| possible == cut) {
+                let Cut { workgroup, rows } = cut;
+                let least = least_rows(format);
+                return Err(Error::Parameter {
+                    name: "tuning",
+                    value: format!("{}: workgroup {workgroup}, rows {rows}", format.name()),
+                    allowed: format!(
+                        "a workgroup must be a power of two from 8 to 256, rows {least} or {}",
+                        2 * least
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The tunings of several devices, by name, interface and driver: another driver is another device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Tunings(BTreeMap<String, Tuning>);
+
+impl Tunings {
+    /// The tuning of a device, where there is one.
+    pub fn of(&self, device: &DeviceInfo) -> Option<&Tuning> {
+        self.0.get(&key(device))
+    }
+
+    /// Sets the tuning of a device.
+    pub fn insert(&mut self, device: &DeviceInfo, tuning: Tuning) {
+        self.0.insert(key(device), tuning);
+    }
+
+    /// Reads a file of [`Tunings::to_json`].
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Malformed`]; [`Error::Parameter`] as [`Tuning::check`].
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        let text = std::fs::read_to_string(path).map_err(io)?;
+        let tunings: Self = serde_json::from_str(&text).map_err(|error| Error::Malformed {
+            path: path.to_owned(),
+            message: error.to_string(),
+        })?;
+        tunings.0.values().try_for_each(Tuning::check)?;
+        Ok(tunings)
+    }
+
+    /// As the text that [`Tunings::read`] reads.
+    pub fn to_json(&self) -> String {
+        // Maps of text to numbers cannot fail.
+        serde_json::to_string_pretty(self).unwrap_or_default() + "\n"
+    }
+}
+
+fn key(device: &DeviceInfo) -> String {
+    let DeviceInfo { name, backend, driver, .. } = device;
+    format!("{name}, {backend}, {driver}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_possible_and_other_numbers_are_not() {
+        let mut tuning = Tuning::default();
+        tuning.check().expect("the default");
+        for cut in [(48, 4), (512, 4), (64, 2), (64, 16)] {
+            tuning.q8 = Cut { workgroup: cut.0, rows: cut.1 };
+            assert!(matches!(tuning.check(), Err(Error::Parameter { name: "tuning", .. })));
+        }
+    }
+}
