@@ -14,7 +14,7 @@ import math
 import os
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Threads that wait should sleep: where others compute too, spinning costs most of the speed.
@@ -366,6 +366,35 @@ def unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+@torch.no_grad()
+def as_llama(tensors: dict[str, Tensor], shape: Shape, ids: Tensor) -> dict[str, Tensor]:
+    """What a BitNet's weights, as their ternary images, are worth in a Llama: a beginning that looks
+    back already. The Llama has no sub-norms: their weights go into the projections behind them, and so do their divisors as
+    they are on average over `ids`, after SiLU for the feed-forward block."""
+    bitnet = Model(replace(shape, bitnet=True))
+    bitnet.load_state_dict(tensors)
+    result = {name: t.clone() for name, t in tensors.items() if "_sub_norm" not in name}
+    for name in result:
+        if name.endswith("_proj.weight"):
+            whole, mean = ternary(result[name])
+            result[name] = whole * mean
+    rms = lambda x: x.float().square().mean().sqrt()
+    for i, layer in enumerate(bitnet.model.layers):
+
+        def attended(module: nn.Module, inputs: tuple[Tensor], name: str = f"model.layers.{i}.self_attn") -> None:
+            result[f"{name}.o_proj.weight"] *= module.weight / rms(inputs[0])
+
+        def gated(mlp: nn.Module, inputs: tuple[Tensor], name: str = f"model.layers.{i}.mlp") -> None:
+            x = quantised(inputs[0])
+            y = F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+            result[f"{name}.down_proj.weight"] *= mlp.ffn_sub_norm.weight / rms(y)
+
+        layer.self_attn.attn_sub_norm.register_forward_pre_hook(attended)
+        layer.mlp.register_forward_pre_hook(gated)
+    bitnet(ids)
+    return result
+
+
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -486,7 +515,9 @@ def main() -> None:
         "--minutes", type=float, default=math.inf, help="hurry, on a slow or busy machine, to end by then"
     )
     parser.add_argument(
-        "--init", type=Path, help="begin with tokenizer and weights of this checkpoint, packed or not"
+        "--init",
+        type=Path,
+        help="begin with tokenizer and weights of this checkpoint, packed or not; a Llama may begin with a BitNet",
     )
     parser.add_argument(
         "--from-length", type=int, default=0, help="leave out the shorter documents of the curriculum"
@@ -507,7 +538,10 @@ def main() -> None:
     shape = Shape(tokenizer.get_vocab_size(), bitnet=args.model == "bitnet")
     model = Model(shape)
     if args.init:
-        model.load_state_dict(unpacked(load_file(args.init / "model.safetensors")))
+        tensors = unpacked(load_file(args.init / "model.safetensors"))
+        if not shape.bitnet and any("_sub_norm" in name for name in tensors):
+            tensors = as_llama(tensors, shape, batch(random.Random(args.seed), tokenizer, 256, 32)[0][:, :-1])
+        model.load_state_dict(tensors)
     matrices = [p for n, p in model.named_parameters() if n.endswith("_proj.weight")]
     others = [p for n, p in model.named_parameters() if not n.endswith("_proj.weight")]
     muon = Muon(matrices)

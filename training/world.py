@@ -654,7 +654,7 @@ def hinted(text: str) -> Iterator[tuple[str, bool]]:
 
 def dense(rng: random.Random, tokens: int) -> Document:
     """Nothing but facts, deeds or numbers, and questions about all of them."""
-    topic = rng.choices(["facts", "deeds", "numbers"], [0.5, 0.35, 0.15])[0]
+    topic = rng.choices(["facts", "deeds", "numbers"], [0.4, 0.5, 0.1])[0]
     jobs = topic == "deeds" and tokens > 100 and rng.random() < 0.5
     attributes = ["age", "phone"] if topic == "numbers" else list(ATTRIBUTES)
     story = Story(rng, (tokens - 12) // 2, jobs=jobs, dense=True, attributes=attributes)
@@ -663,7 +663,7 @@ def dense(rng: random.Random, tokens: int) -> Document:
             story.facts[person] = [fact for fact in facts if jobs and fact.attribute == "job"]
     units, questions = story.units(), list(story.questions())
     if topic == "deeds":
-        told, more = story.deeds(min(len(DEEDS), max(2, (tokens - 30 * jobs) // 36)), hints=0.5)
+        told, more = story.deeds(min(len(DEEDS), max(2, (tokens - 30 * jobs) // 36)), hints=0.1)
         units, questions = units + told, questions[:1] + more
     elif topic == "numbers" and rng.random() < 0.7:
         told, question = passkey(rng)
