@@ -77,6 +77,7 @@ pub mod sampler;
 mod session;
 mod stop;
 mod tokenizer;
+mod whole_file;
 
 pub use error::{Error, Result};
 pub use model::{DeviceChoice, Model, ModelOptions};

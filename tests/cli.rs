@@ -545,6 +545,50 @@ fn devices_lists_adapters_and_the_choice() {
 }
 
 #[test]
+fn a_tuned_device_stays_tuned() {
+    let (adapter, home) = (common::test_adapter(), tempfile::tempdir().expect("a directory"));
+    let at_home = |args: &[&str]| {
+        let mut command = deltallm(args);
+        for name in ["HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"] {
+            command.env(name, home.path());
+        }
+        ok(command.output().expect("the program starts"))
+    };
+    let files = || {
+        let all = |dir: &Path| fs::read_dir(dir).map(|found| found.flatten().collect::<Vec<_>>());
+        let mut folders = vec![home.path().to_owned()];
+        let mut files = Vec::new();
+        while let Some(folder) = folders.pop() {
+            for entry in all(&folder).expect("a folder") {
+                let path = entry.path();
+                if path.is_dir() { folders.push(path) } else { files.push(path) }
+            }
+        }
+        files.retain(|file| file.ends_with("deltallm/tunings.json"));
+        files
+    };
+    let tried = json(&at_home(&["tune", "--device", &adapter, "--dry-run", "--json"]));
+    assert!(files().is_empty(), "a dry run remembers nothing");
+    let measurements = tried["measurements"].as_array().expect("measurements");
+    assert_eq!(measurements.len(), 6 * 13);
+    for m in measurements {
+        assert!(m["right"] == true && m["bytes_per_second"].as_f64() > Some(0.0), "{m}");
+    }
+    let output = at_home(&["tune", "--device", &adapter]);
+    for word in [&adapter, "ternary", "bf16", "q4", "times"] {
+        assert!(out(&output).contains(word), "{word}: {}", out(&output));
+    }
+    let [file] = &files()[..] else { panic!("{:?}", files()) };
+    assert!(err(&output).contains(path(file)), "{}", err(&output));
+    let generate = ["generate", "Anna", "-n", "4", "--device", &adapter, "--temperature", "0"];
+    let text = out(&at_home(&generate));
+    fs::write(file, "{").expect("written");
+    let output = at_home(&generate);
+    assert!(err(&output).contains("tunings.json"), "{}", err(&output));
+    assert_eq!(out(&output), text);
+}
+
+#[test]
 fn errors_are_one_line_on_standard_error() {
     let model = fixture("llama-32");
     let ids = model.join("config.json"); // never read: --out is refused first

@@ -1,7 +1,6 @@
 //! A policy as a small JSON file, for people and for every command.
 
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
@@ -11,6 +10,7 @@ use super::thresholds::Thresholds;
 use crate::checkpoint::Object;
 use crate::error::{Error, Result};
 use crate::formats::AttentionShape;
+use crate::whole_file;
 
 const FORMAT: &str = "deltallm policy";
 const VERSION: u64 = 1;
@@ -122,19 +122,7 @@ impl PolicyFile {
     /// # Errors
     /// [`Error::Io`]; [`Error::Malformed`] where something that is not a regular file stands there.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
-        // What a symbolic link points to is replaced, not the link; a device or a pipe never is.
-        let path = fs::canonicalize(&path).unwrap_or_else(|_| path.as_ref().to_owned());
-        if path.exists() && !path.is_file() {
-            let message = "exists and is not a regular file".into();
-            return Err(Error::Malformed { path, message });
-        }
-        let mut beside = path.clone().into_os_string();
-        beside.push(format!(".{}.partial", std::process::id()));
-        let written = fs::write(&beside, self.to_text()).and_then(|()| fs::rename(&beside, &path));
-        written.map_err(|source| {
-            drop(fs::remove_file(&beside));
-            Error::Io { path, source }
-        })
+        whole_file::write(path.as_ref(), &self.to_text())
     }
 
     /// What [`PolicyFile::write`] writes.
@@ -292,6 +280,8 @@ fn thresholds(object: &Object, value: &Value) -> Result<Thresholds> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn example() -> PolicyFile {

@@ -233,7 +233,8 @@ impl Device {
             driver: adapter.driver,
             features: names,
         };
-        let tuning = options.tunings.of(&info).copied().unwrap_or_default();
+        let tuning = options.tunings.of(&info).copied();
+        let tuning = tuning.unwrap_or_else(|| Tuning::default_of(info.kind));
         tuning.check()?;
         let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         Ok(Self {

@@ -10,8 +10,8 @@ use half::f16;
 
 use super::{Cut, Gpu, GpuOptions, Stream, Tuning, Tunings};
 use crate::backend::{
-    AttentionShape, Backend, DeviceInfo, Footprint, Input, MatrixFormat, Operations, Step,
-    StreamShape, TensorFormat,
+    AttentionShape, Backend, DeviceInfo, DeviceKind, Footprint, Input, MatrixFormat, Operations,
+    Step, StreamShape, TensorFormat,
 };
 use crate::checkpoint::{FloatType, MatrixSource};
 use crate::delta::Phase;
@@ -20,6 +20,9 @@ use crate::error::{Error, Result};
 /// Bytes of the matrix of each format: beyond the caches of integrated GPUs, within WebGPU's
 /// smallest limit.
 const BYTES: usize = 48 << 20;
+
+/// The same for software renderers, which are bound by work and not by memory.
+const SOFTWARE_BYTES: usize = 2 << 20;
 
 /// Columns: the width of BitNet-2B.
 const COLS: usize = 2560;
@@ -63,15 +66,15 @@ pub fn tune(
     let device = Gpu::open(options)?.info().clone();
     let cuts = Cut::all(MatrixFormat::Ternary).count();
     let total = Tuning::FORMATS.len() * (1 + cuts);
-    let (mut measurements, mut tuning) = (Vec::new(), Tuning::default());
+    let default = Tuning::default_of(device.kind);
+    let (mut measurements, mut tuning) = (Vec::new(), default);
     for format in Tuning::FORMATS {
-        let default = Tuning::default().of(format);
         let (mut right, mut best) = (Vec::new(), 0.0);
-        for cut in std::iter::once(default).chain(Cut::all(format)) {
+        for cut in std::iter::once(default.of(format)).chain(Cut::all(format)) {
             if progress(measurements.len(), total).is_break() {
                 return Err(Error::Cancelled);
             }
-            let mut tried = Tuning::default();
+            let mut tried = default;
             *tried.of_mut(format) = cut;
             let mut tunings = Tunings::default();
             tunings.insert(&device, tried);
@@ -101,7 +104,8 @@ fn same(result: &[f32], right: &[f32]) -> bool {
 
 /// The result of a product with one token, and how fast its matrix was read.
 fn measure(gpu: &Gpu, format: MatrixFormat) -> Result<(Vec<f32>, f64)> {
-    let matrix = matrix(format);
+    let software = gpu.info().kind == DeviceKind::SoftwareGpu;
+    let matrix = matrix(format, if software { SOFTWARE_BYTES } else { BYTES });
     let weight = gpu.linear(std::slice::from_ref(&matrix))?;
     let rows = matrix.rows();
     drop(matrix);
@@ -141,8 +145,8 @@ fn measure(gpu: &Gpu, format: MatrixFormat) -> Result<(Vec<f32>, f64)> {
 }
 
 /// A matrix whose products tell rows and columns apart.
-fn matrix(format: MatrixFormat) -> MatrixSource {
-    let rows = BYTES / format.bytes_of(COLS);
+fn matrix(format: MatrixFormat, bytes: usize) -> MatrixSource {
+    let rows = bytes / format.bytes_of(COLS);
     if format == MatrixFormat::Ternary {
         // No field is 3.
         let trit = |i: usize, field: usize| i * 7 / (1 + 2 * field) % 3;

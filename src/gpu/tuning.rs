@@ -6,8 +6,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{DeviceInfo, MatrixFormat};
+use crate::backend::{DeviceInfo, DeviceKind, MatrixFormat};
 use crate::error::{Error, Result};
+use crate::whole_file;
 
 /// How a workgroup of a product with few tokens is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -31,7 +32,10 @@ fn least_rows(format: MatrixFormat) -> u32 {
     if format == MatrixFormat::Ternary { 2 } else { 4 }
 }
 
-/// The cut of each format. The default was chosen by reasoning, not by measurement.
+/// The cut of each format.
+///
+/// The default for GPUs was chosen by reasoning, since none was at hand; that for software renderers
+/// was measured on llvmpipe, where a barrier of a workgroup costs more than the work between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tuning {
@@ -49,15 +53,14 @@ pub struct Tuning {
     pub q4: Cut,
 }
 
-impl Default for Tuning {
-    fn default() -> Self {
-        let float = Cut { workgroup: 64, rows: 4 };
-        let ternary = Cut { workgroup: 64, rows: 2 };
+impl Tuning {
+    /// Where nothing is known but the kind of a device.
+    pub fn default_of(kind: DeviceKind) -> Self {
+        let workgroup = if kind == DeviceKind::SoftwareGpu { 8 } else { 64 };
+        let (float, ternary) = (Cut { workgroup, rows: 4 }, Cut { workgroup, rows: 2 });
         Self { ternary, f32: float, f16: float, bf16: float, q8: float, q4: float }
     }
-}
 
-impl Tuning {
     /// The formats that there are.
     pub const FORMATS: [MatrixFormat; 6] = [
         MatrixFormat::Ternary,
@@ -130,7 +133,7 @@ impl Tunings {
         self.0.insert(key(device), tuning);
     }
 
-    /// Reads a file of [`Tunings::to_json`].
+    /// Reads what [`Tunings::write`] has written.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Malformed`]; [`Error::Parameter`] as [`Tuning::check`].
@@ -146,10 +149,14 @@ impl Tunings {
         Ok(tunings)
     }
 
-    /// As the text that [`Tunings::read`] reads.
-    pub fn to_json(&self) -> String {
-        // Maps of text to numbers cannot fail.
-        serde_json::to_string_pretty(self).unwrap_or_default() + "\n"
+    /// Writes a file, which appears when it is whole and replaces what was there.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Malformed`] where something that is not a regular file stands there.
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
+        // A map of text to numbers is JSON without fail.
+        let text = serde_json::to_string_pretty(self).unwrap_or_default() + "\n";
+        whole_file::write(path.as_ref(), &text)
     }
 }
 
@@ -163,8 +170,37 @@ mod tests {
     use super::*;
 
     #[test]
+    fn tunings_are_read_as_they_were_written() {
+        let device = |driver: &str| DeviceInfo {
+            name: "a GPU".into(),
+            kind: DeviceKind::IntegratedGpu,
+            backend: "vulkan".into(),
+            driver: driver.into(),
+            features: Vec::new(),
+        };
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("tunings.json");
+        let mut tuning = Tuning::default_of(DeviceKind::IntegratedGpu);
+        tuning.bf16.workgroup = 32;
+        let mut tunings = Tunings::default();
+        tunings.insert(&device("1.0"), tuning);
+        tunings.write(&path).expect("written");
+        let read = Tunings::read(&path).expect("read");
+        assert_eq!(read.of(&device("1.0")), Some(&tuning));
+        assert_eq!(read.of(&device("1.1")), None, "another driver is another device");
+        for (text, what) in
+            [("{", "EOF"), (r#"{"a GPU": {}}"#, "ternary"), (r#"{"a GPU": {"what": 1}}"#, "what")]
+        {
+            std::fs::write(&path, text).expect("written");
+            let error = Tunings::read(&path).expect_err(text).to_string();
+            assert!(error.contains("tunings.json") && error.contains(what), "{error}");
+        }
+        assert!(matches!(Tunings::read(folder.path()), Err(Error::Io { .. })));
+    }
+
+    #[test]
     fn the_default_is_possible_and_other_numbers_are_not() {
-        let mut tuning = Tuning::default();
+        let mut tuning = Tuning::default_of(DeviceKind::IntegratedGpu);
         tuning.check().expect("the default");
         for cut in [(48, 4), (512, 4), (64, 2), (64, 16)] {
             tuning.q8 = Cut { workgroup: cut.0, rows: cut.1 };

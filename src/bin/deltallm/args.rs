@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use deltallm::checkpoint::Checkpoint;
+use deltallm::gpu::GpuOptions;
 use deltallm::model::WeightFormat;
 use deltallm::{Cancel, DeviceChoice, Error, Model, ModelOptions, Sampling};
 
 use crate::output::{Failure, load_bar, parameters, say};
+use crate::tune;
 
 /// Which model, on which device.
 #[derive(Args)]
@@ -138,7 +140,7 @@ impl DeviceArgs {
             device: self.device.clone().unwrap_or_default(),
             weights: self.weights.into(),
             threads: self.threads,
-            ..ModelOptions::default()
+            gpu: GpuOptions { tunings: tune::tunings(), ..GpuOptions::default() },
         };
         let model = Model::open_checkpoint(checkpoint, &options, load_bar(cancel))?;
         if let Some(reason) = model.fallback() {

@@ -15,6 +15,7 @@ mod logits;
 mod output;
 mod picture;
 mod scatter;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -49,6 +50,8 @@ enum Command {
     /// Find thresholds for each layer and KV head that keep a budget on a text, and write them to a
     /// file that every command takes as --policy-file
     Calibrate(calibrate::Args),
+    /// Measure how the work is best cut for a GPU, and remember it for every other command
+    Tune(tune::Args),
 }
 
 fn main() -> ExitCode {
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
+        Command::Tune(args) => tune::run(&args),
     };
     output::exit(result)
 }
