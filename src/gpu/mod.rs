@@ -7,6 +7,7 @@
 //! | `image` | a cache read back, and restored |
 //! | `shader`, `pipeline` | the table of kernels, linking and compiling them |
 //! | `recorder`, `stream` | a session's operations, submitted once a step |
+//! | `timer`, `read_speed` | what benchmarks need: times of kernels, the speed of memory |
 //! | one for each operation | its parameters and grid; the kernel is `shaders/<operation>.wgsl` |
 //!
 //! Everything runs on WebGPU's default limits without optional features. Where a device offers
@@ -25,12 +26,14 @@ mod linear_float;
 mod linear_ternary;
 mod norm;
 mod pipeline;
+mod read_speed;
 mod recorder;
 mod rope_append;
 mod sample;
 mod shader;
 mod stream;
 mod tensor;
+mod timer;
 
 use std::sync::Arc;
 
@@ -42,7 +45,9 @@ pub use shader::{ShaderSource, shader_sources};
 pub use stream::Stream;
 pub use tensor::{Norm, Rope, Tensor};
 
-use crate::backend::{Backend, CacheShape, DeviceInfo, Footprint, StreamShape, TensorFormat};
+use crate::backend::{
+    Backend, CacheShape, DeviceInfo, Footprint, ReadSpeed, StreamShape, TensorFormat,
+};
 use crate::checkpoint::MatrixSource;
 use crate::error::Result;
 use tensor::{RowScale, padded};
@@ -160,6 +165,10 @@ impl Backend for Gpu {
 
     fn max_top_k(&self) -> usize {
         sample::MAX_TOP_K
+    }
+
+    fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {
+        read_speed::measure(&self.device, bytes)
     }
 }
 

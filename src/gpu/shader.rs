@@ -9,7 +9,8 @@ use std::fmt::Write as _;
 
 use super::cache::{PageKeys, PageKind, ValueStore};
 use super::{
-    attention, embed, encode_keys, gate, linear_float, linear_ternary, norm, rope_append, sample,
+    attention, embed, encode_keys, gate, linear_float, linear_ternary, norm, read_speed,
+    rope_append, sample,
 };
 use crate::backend::{Activation, CacheFormat, MatrixFormat, TensorFormat};
 use crate::delta::{
@@ -114,6 +115,7 @@ pub(super) enum Kernel {
         first: bool,
     },
     SampleDraw,
+    ReadSpeed,
 }
 
 impl Kernel {
@@ -140,6 +142,7 @@ impl Kernel {
             Self::SampleBest { .. } => "sample_best",
             Self::SampleTop { .. } => "sample_top",
             Self::SampleDraw => "sample_draw",
+            Self::ReadSpeed => "read_speed",
         }
     }
 
@@ -177,6 +180,7 @@ impl Kernel {
             Self::SampleBest { first } => sample::best_program(first),
             Self::SampleTop { first } => sample::top_program(first),
             Self::SampleDraw => sample::draw_program(),
+            Self::ReadSpeed => read_speed::program(),
         }
     }
 
@@ -241,7 +245,7 @@ impl Kernel {
         for first in [false, true] {
             all.extend([Self::SampleBest { first }, Self::SampleTop { first }]);
         }
-        all.push(Self::SampleDraw);
+        all.extend([Self::SampleDraw, Self::ReadSpeed]);
         all
     }
 }
