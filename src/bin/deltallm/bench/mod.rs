@@ -278,6 +278,11 @@ impl Args {
         if self.generate.is_none() {
             options.generates.retain(fits);
         }
+        if options.prompts.is_empty() && options.generates.is_empty() {
+            // Then the error about the first of them says more.
+            (options.prompts, options.generates, options.depths) = before;
+            return;
+        }
         if self.depths.is_none() {
             let longest = options.prompts.iter().chain(&options.generates).copied().max();
             options.depths.retain(|depth| *depth == 0 || depth + longest.unwrap_or(0) <= context);

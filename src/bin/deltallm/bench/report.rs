@@ -191,7 +191,7 @@ impl<'a> Report<'a> {
                 optional(weights),
             ]);
         }
-        let mut text = aligned(&rows);
+        let mut text = aligned(&rows, 2);
         for subject in &self.subjects {
             if let Some(error) = &subject.error {
                 text += &format!("\n{}: {error}\n", subject.name());
@@ -247,7 +247,7 @@ impl<'a> Report<'a> {
                 ]);
             }
         }
-        aligned(&rows)
+        aligned(&rows, 3)
     }
 
     pub fn json(&self) -> Value {
@@ -477,7 +477,7 @@ fn profile_table(subject: &Subject, line: &Line, profile: &Profile) -> String {
         all,
         clock(profile.clock),
         profile.wall.as_secs_f64(),
-        aligned(&rows)
+        aligned(&rows, 2)
     )
 }
 

@@ -199,7 +199,7 @@ impl TaskResult {
             ]);
             rows.push(row);
         }
-        text += &aligned(&rows);
+        text += &aligned(&rows, 1);
         let idle = |(candidate, summary): (&Candidate, &Summary)| {
             !candidate.attention.is_dense() && summary.keys.elements == 0
         };
