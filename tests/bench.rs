@@ -5,9 +5,14 @@
 mod common;
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use deltallm::backend::{Backend, read_pattern};
+use deltallm::cpu::Cpu;
+use deltallm::gpu::{Gpu, GpuOptions, Select};
+use deltallm::reference::Reference;
 use serde_json::Value;
 
 fn bench(args: &[&str]) -> Command {
@@ -120,7 +125,7 @@ fn bytes_of_a_compressed_cache_are_those_counted_by_hand() {
     let policy = "keys=int8 page=16 window=16 sink=4";
     for device in ["cpu", &adapter] {
         let options = ["--device", device, "--prompt", "none", "--generate", "40"];
-        let more = ["--depths", "200", "--attention", policy, "--repeats", "2"];
+        let more = ["--depths", "200", "--attention", policy, "--repeats", "1", "--warm-up", "0"];
         let found = json(&[&options[..], &more].concat());
         let test = &found["runs"][0]["tests"][0];
         // A page of 16 tokens and 64 channels at 8 bits, and a scale of 16 bits a token.
@@ -279,6 +284,29 @@ fn a_profile_has_every_operation_with_its_time() {
     }
 }
 
+/// The kernel and the loops that read for speed leave nothing out, in one buffer and in several.
+#[test]
+fn devices_read_all_that_they_are_asked_to() {
+    let select = Select::Named(common::test_adapter());
+    let gpu = GpuOptions { select, floor_limits: true, ..GpuOptions::default() };
+    let gpu = Gpu::open(&gpu).expect("an adapter");
+    let small = 3 << 20;
+    // Bindings of the floor are of 128 MiB.
+    let large = 129 << 20;
+    for (found, bytes) in [
+        (Reference::new().read_speed(small), small),
+        (Cpu::new(Some(3)).and_then(|cpu| cpu.read_speed(small + 4)), small + 4),
+        (gpu.read_speed(small), small),
+        (gpu.read_speed(large), large),
+    ] {
+        let found = found.expect("it reads");
+        let words = 0..bytes as u32 / 4;
+        let sum = words.fold(0, |sum: u32, n| sum.wrapping_add(read_pattern(n)));
+        assert_eq!((found.bytes, found.sum), (bytes, sum));
+        assert!(found.bytes_per_second.is_finite() && found.bytes_per_second > 0.0);
+    }
+}
+
 #[test]
 fn random_weights_need_no_files_and_any_depth() {
     let options = ["--synthetic", "tiny", "--device", "cpu", "--prompt", "none", "--generate", "2"];
@@ -336,18 +364,22 @@ fn what_is_wrong_is_said_before_anything_runs() {
 fn ctrl_c_shows_what_was_measured_so_far() {
     let dir = tempfile::tempdir().expect("directory");
     let place = dir.path().join("runs");
-    let args =
-        ["--device", "cpu", "--generate", "1,400", "--prompt", "none", "--repeats", "100000"];
+    let args = ["--device", "cpu", "--generate", "1,900", "--prompt", "none", "--repeats", "300"];
     let more = ["--depths", "0", "--warm-up", "0", "--json"];
     let mut command =
         bench(&[&args[..], &more, &["--out", place.to_str().expect("UTF-8")]].concat());
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
-    std::thread::sleep(std::time::Duration::from_secs(2));
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+    // The second test takes minutes.
+    let mut said = BufReader::new(child.stderr.take().expect("stderr")).lines();
+    assert!(said.any(|line| line.expect("a line").contains("tg1: ")));
     let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
     assert!(kill.expect("kill").success());
+    let rest: Vec<String> = said.map(|line| line.expect("a line")).collect();
     let output = child.wait_with_output().expect("ends");
-    assert_eq!(output.status.code(), Some(130), "{}", err(&output));
+    assert_eq!(output.status.code(), Some(130), "{rest:?}");
     let found: Value = serde_json::from_str(&out(&output)).expect("JSON");
     assert_eq!(found["complete"], false);
+    assert_eq!(found["runs"][0]["tests"].as_array().map(Vec::len), Some(1));
+    assert_eq!(rest.last().map(String::as_str), Some("interrupted"));
     assert!(!place.exists());
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::observer::{Mode, Observer, Tally};
 use super::{BenchOptions, Cost, Profile, Spread, Test, TestKind};
-use crate::backend::{Activity, DeviceInfo, ReadSpeed};
+use crate::backend::{Activity, DeviceInfo, ReadSpeed, read_pattern};
 use crate::checkpoint::Checkpoint;
 use crate::delta::{AttentionPolicy, Thresholds};
 use crate::error::{Error, Result};
@@ -149,7 +149,13 @@ impl Bench {
     /// # Errors
     /// No room for a quarter of a GiB; a device that left out some of it.
     pub fn read_speed(&self) -> Result<ReadSpeed> {
-        self.model.engine().read_speed(READ_BYTES)
+        let found = self.model.engine().read_speed(READ_BYTES)?;
+        let words = (found.bytes / 4) as u32;
+        let expected = (0..words).fold(0, |sum: u32, n| sum.wrapping_add(read_pattern(n)));
+        if found.sum != expected {
+            return Err(self.fault("what the device read for its speed is not what was written"));
+        }
+        Ok(found)
     }
 
     /// Tokens that a run makes or takes in all, for a progress bar.
