@@ -11,6 +11,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::checkpoint::MatrixSource;
 use crate::delta::{AttentionPolicy, CacheImage, Page, Phase};
@@ -120,10 +121,64 @@ pub struct CacheBytes {
     pub values: u64,
 }
 
+/// How keys and values lie in memory, for counting what an attention reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct CacheRows {
+    /// Bytes of a token's original keys, all KV heads.
+    pub key: u64,
+    /// Bytes of a token's values with their scales, all KV heads.
+    pub value: u64,
+    /// Compressed pages, those of all KV heads counted as one.
+    pub pages: u64,
+    /// Bytes of these pages. A GPU tells them a step later: until then its last pages count as their
+    /// headers alone.
+    pub page_bytes: u64,
+}
+
 /// Keys and values of one layer.
 pub trait KeyValueCache {
     /// Bytes held, padding and room to grow included.
     fn held(&self) -> CacheBytes;
+
+    /// How its keys and values lie in memory.
+    fn rows(&self) -> CacheRows;
+}
+
+/// What a stream has had its device do since it was made. All zero where operations are plain calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Activity {
+    /// Kernels launched.
+    pub launches: u64,
+    /// Submissions to the device's queue.
+    pub submissions: u64,
+    /// Bytes that the host has read back.
+    pub readback_bytes: u64,
+}
+
+/// How long the device was busy with one launch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KernelTime {
+    /// The kernel's name, that of its file under `shaders/`.
+    pub kernel: &'static str,
+    /// By the device's own clock.
+    pub time: Duration,
+}
+
+/// How fast a device reads memory that no cache holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ReadSpeed {
+    /// Bytes a second, the best of several passes.
+    pub bytes_per_second: f64,
+    /// Bytes of a pass.
+    pub bytes: u64,
+    /// The wrapping sum of the `u32` that were read: that of [`read_pattern`], or something was left
+    /// out.
+    pub sum: u32,
+}
+
+/// Word `n` of the memory that [`Backend::read_speed`] reads.
+pub fn read_pattern(n: u32) -> u32 {
+    n.wrapping_mul(0x9e37_79b9) ^ 0x5bd1_e995
 }
 
 /// A device: makes what a model and its sessions hold.
@@ -199,6 +254,13 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// while the host waits for the first one's token: 0 where operations are done when their call
     /// returns.
     fn look_ahead(&self) -> usize;
+
+    /// Measures how fast the device reads `bytes` of its memory, or fewer where its limits are
+    /// smaller: the ceiling of whatever is bound by memory. Takes some tenths of a second.
+    ///
+    /// # Errors
+    /// No room for them; a device that did not read them all.
+    fn read_speed(&self, bytes: u64) -> Result<ReadSpeed>;
 }
 
 /// The operations of one session, run in the order they are called.
@@ -312,6 +374,23 @@ pub trait Operations<B: Backend<Stream = Self>>: Send {
 
     /// Waits likewise and reads an Int8 tensor: elements `[rows, width]`, and a scale a row.
     fn read_int8(&mut self, tensor: &B::Tensor) -> Result<(Vec<i8>, Vec<f32>)>;
+
+    /// What the device was asked to do so far.
+    fn activity(&self) -> Activity {
+        Activity::default()
+    }
+
+    /// Begins, or ceases, to time every launch by the device's own clock. That costs time itself:
+    /// launches no longer overlap. Says whether the device can.
+    fn time_kernels(&mut self, _on: bool) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Waits for all submitted work and takes the times of the launches since the last call, in
+    /// their order.
+    fn kernel_times(&mut self) -> Result<Vec<KernelTime>> {
+        Ok(Vec::new())
+    }
 }
 
 /// What kind of processor a device is.

@@ -36,6 +36,7 @@
 //! - [`eval`] measures what a policy does to a model's accuracy.
 //! - [`gpu`], [`cpu`] and [`mod@reference`] each implement them. [`mod@reference`] is slow and plain: read
 //!   it to know what an operation does. [`conformance`] holds the other two against it.
+//! - [`bench`] asks how fast a model runs, and how much of the memory's bandwidth it uses.
 //! - [`eval`] asks what a policy costs: tasks, their metrics with standard errors, and the divergence
 //!   from dense attention.
 //! - [`Session`] is a text in progress: its cache, its sampling, its stream of pieces.
@@ -58,6 +59,7 @@
 //! [`MatrixSource`]: checkpoint::MatrixSource
 
 pub mod backend;
+pub mod bench;
 #[cfg(feature = "chat")]
 pub mod chat;
 pub mod checkpoint;

@@ -15,12 +15,13 @@
 mod cache;
 
 use std::ops::Range;
+use std::time::Instant;
 
 use half::f16;
 
 use crate::backend::{
     Activation, AttentionShape, Backend, CacheShape, DeviceInfo, DeviceKind, Footprint,
-    MatrixFormat, Operations, Q8_BLOCK, Step, StreamShape, TensorFormat,
+    MatrixFormat, Operations, Q8_BLOCK, ReadSpeed, Step, StreamShape, TensorFormat, read_pattern,
 };
 use crate::checkpoint::{Bytes, FloatType, MatrixSource};
 use crate::delta::{
@@ -349,6 +350,15 @@ impl Backend for Reference {
 
     fn look_ahead(&self) -> usize {
         0
+    }
+
+    fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {
+        let words: Vec<u32> = (0..bytes as u32 / 4).map(read_pattern).collect();
+        let start = Instant::now();
+        let sum = words.iter().fold(0, |sum: u32, word| sum.wrapping_add(*word));
+        let bytes = 4 * words.len() as u64;
+        let seconds = start.elapsed().as_secs_f64().max(1e-9);
+        Ok(ReadSpeed { bytes_per_second: bytes as f64 / seconds, bytes, sum })
     }
 }
 

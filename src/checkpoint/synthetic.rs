@@ -12,7 +12,7 @@ use safetensors::{Dtype, View};
 use serde_json::{Map, Value, json};
 
 use super::config::{Architecture, Llama3Scaling, ModelConfig, RopeConfig, Ternary};
-use super::matrix::FloatType;
+use super::matrix::{Bytes, FloatType};
 use crate::error::{Error, Result};
 use crate::formats::{Activation, AttentionShape};
 use crate::sampler::Sampling;
@@ -66,6 +66,25 @@ impl Synthetic {
         safetensors::serialize_to_file(self.tensors(), None, &path).map_err(|error| {
             Error::Malformed { path: path.clone(), message: format!("cannot be written: {error}") }
         })
+    }
+
+    /// The same files in memory, as [`Checkpoint::from_memory`](super::Checkpoint::from_memory) takes
+    /// them: all weights, and while they are made the largest tensor once more.
+    ///
+    /// # Errors
+    /// A shape that no file can have.
+    pub fn files(&self) -> Result<Vec<(String, Bytes)>> {
+        let text = |value: Value| Bytes::from(value.to_string().into_bytes());
+        let weights = safetensors::serialize(self.tensors(), None).map_err(|error| {
+            let message = format!("cannot be made: {error}");
+            Error::Malformed { path: "model.safetensors".into(), message }
+        })?;
+        Ok(vec![
+            ("config.json".to_owned(), text(self.config_json())),
+            ("generation_config.json".to_owned(), text(json!({ "eos_token_id": self.config.eos }))),
+            ("tokenizer.json".to_owned(), text(tokenizer_json(self.config.vocabulary))),
+            ("model.safetensors".to_owned(), Bytes::from(weights)),
+        ])
     }
 
     fn config_json(&self) -> Value {

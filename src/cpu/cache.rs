@@ -9,7 +9,9 @@ use std::sync::Arc;
 use half::f16;
 
 use super::values::Quantised;
-use crate::backend::{AttentionShape, CacheBytes, CacheFormat, CacheShape, KeyValueCache};
+use crate::backend::{
+    AttentionShape, CacheBytes, CacheFormat, CacheRows, CacheShape, KeyValueCache,
+};
 use crate::delta::{AttentionPolicy, CacheImage, Page, PageLayout, Reference, ValueFormat};
 use crate::error::Result;
 
@@ -367,6 +369,21 @@ impl KeyValueCache for Cache {
                 Values::Plain(store) => store.held(),
                 Values::Quantised(values) => values.held(),
             },
+        }
+    }
+
+    fn rows(&self) -> CacheRows {
+        let AttentionShape { kv_heads, head_dim, .. } = self.shape;
+        let row = |bytes: usize| (kv_heads * bytes) as u64;
+        let pages = match &self.keys {
+            Keys::Plain(_) => &[][..],
+            Keys::Compressed(keys) => &keys.pages,
+        };
+        CacheRows {
+            key: row(head_dim * self.policy.exact.bytes()),
+            value: row(self.policy.value_row_bytes(head_dim)),
+            pages: pages.first().map_or(0, |pages| pages.len() as u64),
+            page_bytes: pages.iter().flatten().map(Page::bytes).sum(),
         }
     }
 }

@@ -21,6 +21,7 @@ mod linear_float;
 mod linear_ternary;
 mod norm;
 mod pages;
+mod read_speed;
 mod rope_append;
 mod rows;
 mod sample;
@@ -37,8 +38,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use half::f16;
 
 use crate::backend::{
-    Backend, CacheShape, DeviceInfo, DeviceKind, Footprint, MatrixFormat, Q8_BLOCK, StreamShape,
-    TensorFormat,
+    Backend, CacheShape, DeviceInfo, DeviceKind, Footprint, MatrixFormat, Q8_BLOCK, ReadSpeed,
+    StreamShape, TensorFormat,
 };
 use crate::checkpoint::{Bytes, MatrixSource};
 use crate::error::{Error, Result};
@@ -302,5 +303,9 @@ impl Backend for Cpu {
 
     fn look_ahead(&self) -> usize {
         0
+    }
+
+    fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {
+        read_speed::measure(&self.machine, bytes)
     }
 }

@@ -21,7 +21,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::buffer::Buffer;
 use super::device::Device;
 use super::shader::Kernel;
-use crate::backend::{AttentionShape, CacheBytes, CacheFormat, CacheShape, KeyValueCache};
+use crate::backend::{
+    AttentionShape, CacheBytes, CacheFormat, CacheRows, CacheShape, KeyValueCache,
+};
 use crate::delta::{
     AttentionPolicy, ChannelBits, DeltaFormat, KeyFormat, PageLayout, Reference, ValueFormat,
 };
@@ -397,5 +399,23 @@ impl KeyValueCache for Cache {
             held.keys += compressed.segments.iter().map(|s| s.buffer.size()).sum::<u64>();
         }
         held
+    }
+
+    fn rows(&self) -> CacheRows {
+        let kv_heads = self.shape.kv_heads;
+        let row = |bytes: usize| (kv_heads * bytes) as u64;
+        let scale = if self.value_store.quantised().is_some() { 4 } else { 0 };
+        let mut rows = CacheRows {
+            key: row(self.padded_dim() * self.policy.exact.bytes()),
+            value: row(4 * self.value_store.row_words(self.shape.head_dim) + scale),
+            ..CacheRows::default()
+        };
+        if let Some(compressed) = &self.compressed {
+            let header = row(4 * compressed.layout.header_words());
+            let deltas: usize = compressed.segments.iter().map(|s| s.filled.words()).sum();
+            rows.pages = compressed.pages as u64;
+            rows.page_bytes = rows.pages * header + 4 * deltas as u64;
+        }
+        rows
     }
 }

@@ -39,6 +39,9 @@ pub struct GpuOptions {
     /// Ask for WebGPU's default limits and no features, whatever the adapter offers: the floor that
     /// every WebGPU device must stand on.
     pub floor_limits: bool,
+    /// Ask for timestamps, which [`Operations::time_kernels`](crate::backend::Operations::time_kernels)
+    /// needs, where the adapter has them.
+    pub timestamps: bool,
     /// Cuts matrices into blocks of at most this many bytes, as on a device with smaller bindings.
     /// For tests.
     pub max_matrix_block: Option<u64>,
@@ -53,6 +56,7 @@ impl Default for GpuOptions {
             f16: true,
             subgroups: true,
             floor_limits: false,
+            timestamps: false,
             max_matrix_block: None,
             tunings: Tunings::default(),
         }
@@ -189,6 +193,7 @@ impl Device {
         if !options.floor_limits {
             features.set(wgpu::Features::SHADER_F16, options.f16);
             features.set(wgpu::Features::SUBGROUP, options.subgroups);
+            features.set(wgpu::Features::TIMESTAMP_QUERY, options.timestamps);
             features &= adapter.raw.features();
             limits = adapter.raw.limits();
         }

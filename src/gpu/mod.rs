@@ -8,6 +8,7 @@
 //! | `shader`, `pipeline`, `pipelines` | the table of kernels, linking them, and compiling them ahead |
 //! | `tuning`, `tune` | how work is cut for a device, and finding that out |
 //! | `recorder`, `stream` | a session's operations, submitted once a step |
+//! | `timer`, `read_speed` | what benchmarks need: times of kernels, the speed of memory |
 //! | one for each operation | its parameters and grid; the kernel is `shaders/<operation>.wgsl` |
 //!
 //! Everything runs on WebGPU's default limits without optional features. Where a device offers
@@ -27,12 +28,14 @@ mod linear_ternary;
 mod norm;
 mod pipeline;
 mod pipelines;
+mod read_speed;
 mod recorder;
 mod rope_append;
 mod sample;
 mod shader;
 mod stream;
 mod tensor;
+mod timer;
 mod tune;
 mod tuning;
 
@@ -49,7 +52,8 @@ pub use tune::{Measurement, Tuned, tune};
 pub use tuning::{Cut, Tuning, Tunings};
 
 use crate::backend::{
-    Backend, CacheShape, DeviceInfo, Footprint, MatrixFormat, ModelPlan, StreamShape, TensorFormat,
+    Backend, CacheShape, DeviceInfo, Footprint, MatrixFormat, ModelPlan, ReadSpeed, StreamShape,
+    TensorFormat,
 };
 use crate::checkpoint::MatrixSource;
 use crate::error::Result;
@@ -179,6 +183,10 @@ impl Backend for Gpu {
 
     fn max_top_k(&self) -> usize {
         sample::MAX_TOP_K
+    }
+
+    fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {
+        read_speed::measure(&self.device, bytes)
     }
 
     /// One: the device has work while the host reads a token, turns it into text and records the

@@ -12,6 +12,8 @@ use super::buffer::Buffer;
 use super::device::Device;
 use super::pipeline::Pipeline;
 use super::shader::Kernel;
+use super::timer::{MOST, Timer};
+use crate::backend::KernelTime;
 use crate::error::Result;
 
 /// Bytes of the largest parameter struct.
@@ -38,6 +40,7 @@ type Parameters = [u8; PARAMETER_BYTES];
 type BindGroupKey = (Kernel, [u64; MAX_BUFFERS]);
 
 struct Dispatch {
+    kernel: &'static str,
     pipeline: Arc<Pipeline>,
     bind_group: wgpu::BindGroup,
     parameters: u32,
@@ -65,10 +68,11 @@ pub(super) struct Recorder {
     /// The last submission.
     submitted: Option<wgpu::SubmissionIndex>,
     counters: Counters,
+    /// While launches are timed.
+    timer: Option<Timer>,
 }
 
-/// What a stream has made and done: all but `submissions` and `dispatches` must stand still once
-/// it is warm.
+/// What a stream has made and done: what it makes must stand still once it is warm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Bind groups made.
@@ -81,6 +85,17 @@ pub struct Counters {
     pub submissions: u64,
     /// Dispatches in all submissions.
     pub dispatches: u64,
+    /// Bytes that the host has read back.
+    pub readback_bytes: u64,
+}
+
+impl Dispatch {
+    fn encode(&self, pass: &mut wgpu::ComputePass<'_>) {
+        let [x, y, z] = self.grid;
+        pass.set_pipeline(&self.pipeline.raw);
+        pass.set_bind_group(0, &self.bind_group, &[self.parameters]);
+        pass.dispatch_workgroups(x, y, z);
+    }
 }
 
 impl Recorder {
@@ -100,11 +115,24 @@ impl Recorder {
             parameter_buffer,
             submitted: None,
             counters: Counters::default(),
+            timer: None,
         })
     }
 
     pub(super) fn counters(&self) -> Counters {
         self.counters
+    }
+
+    /// Begins, or ceases, to time every launch; says whether the device can.
+    pub(super) fn time_kernels(&mut self, on: bool) -> Result<bool> {
+        self.submit()?;
+        self.timer = if on { Timer::new(&self.device)? } else { None };
+        Ok(self.timer.is_some())
+    }
+
+    /// The times of all launches that were submitted since the last call.
+    pub(super) fn kernel_times(&mut self) -> Vec<KernelTime> {
+        self.timer.as_mut().map(Timer::take).unwrap_or_default()
     }
 
     pub(super) fn count_readback(&mut self) {
@@ -134,10 +162,14 @@ impl Recorder {
             let message = format!("a grid of {grid:?} workgroups is beyond 65535 a dimension");
             return Err(self.device.fault(kernel.name(), message));
         }
+        if self.timer.is_some() && self.dispatches.len() == MOST {
+            self.submit()?;
+        }
         let parameters = self.parameters(bytemuck::bytes_of(parameters))?;
         let pipeline = self.pipeline(kernel)?;
         let bind_group = self.bind_group(kernel, &pipeline, buffers)?;
-        self.dispatches.push(Dispatch { pipeline, bind_group, parameters, grid });
+        let kernel = kernel.name();
+        self.dispatches.push(Dispatch { kernel, pipeline, bind_group, parameters, grid });
         self.counters.dispatches += 1;
         Ok(())
     }
@@ -171,24 +203,34 @@ impl Recorder {
         }
         self.device.write(&self.parameter_buffer, 0, &self.parameter_bytes)?;
         let mut encoder = self.device.raw.create_command_encoder(&Default::default());
-        if !self.dispatches.is_empty() {
-            let mut pass = encoder.begin_compute_pass(&Default::default());
-            for dispatch in self.dispatches.drain(..) {
-                let [x, y, z] = dispatch.grid;
-                pass.set_pipeline(&dispatch.pipeline.raw);
-                pass.set_bind_group(0, &dispatch.bind_group, &[dispatch.parameters]);
-                pass.dispatch_workgroups(x, y, z);
+        let mut timed = Vec::new();
+        if let Some(timer) = &self.timer {
+            for (index, dispatch) in self.dispatches.drain(..).enumerate() {
+                let timestamp_writes = Some(timer.writes(index));
+                let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes };
+                dispatch.encode(&mut encoder.begin_compute_pass(&descriptor));
+                timed.push(dispatch.kernel);
             }
+            if !timed.is_empty() {
+                timer.resolve(&mut encoder, timed.len());
+            }
+        } else if !self.dispatches.is_empty() {
+            let mut pass = encoder.begin_compute_pass(&Default::default());
+            self.dispatches.drain(..).for_each(|dispatch| dispatch.encode(&mut pass));
         }
         for copy in self.copies.drain(..) {
             let ((from, from_at), (to, to_at)) = (&copy.from, &copy.to);
             encoder.copy_buffer_to_buffer(from, *from_at, to, *to_at, copy.bytes);
         }
-        self.submitted = Some(self.device.queue.submit([encoder.finish()]));
+        let submission = self.device.queue.submit([encoder.finish()]);
+        self.submitted = Some(submission.clone());
         self.work = 0;
         self.parameters.clear();
         self.parameter_bytes.clear();
         self.counters.submissions += 1;
+        if let Some(timer) = self.timer.as_mut().filter(|_| !timed.is_empty()) {
+            timer.collect(&self.device, submission, &timed)?;
+        }
         self.device.check()
     }
 
@@ -200,7 +242,18 @@ impl Recorder {
     /// Submits what was recorded, waits for it, and reads a buffer that it has copied to.
     pub(super) fn read(&mut self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
         self.submit()?;
-        self.device.map(buffer, bytes, self.submitted())
+        self.read_after(buffer, bytes, self.submitted())
+    }
+
+    /// Waits for a submission, and for no later one, and reads a buffer that it has copied to.
+    pub(super) fn read_after(
+        &mut self,
+        buffer: &Buffer,
+        bytes: u64,
+        submission: Option<wgpu::SubmissionIndex>,
+    ) -> Result<Vec<u8>> {
+        self.counters.readback_bytes += bytes;
+        self.device.map(buffer, bytes, submission)
     }
 
     /// Where these parameters will stand in the parameter buffer.

@@ -231,7 +231,7 @@ impl Stream {
             return Err(self.fault("token", "no token was sampled"));
         };
         let readback = &self.sampling.readbacks[slot];
-        let bytes = self.device.map(readback, CHOICE_BYTES, submission)?;
+        let bytes = self.recorder.read_after(readback, CHOICE_BYTES, submission)?;
         let choice: Choice = bytemuck::pod_read_unaligned(&bytes);
         if choice.not_finite != 0 {
             return Err(Error::NotFinite { what: "the logits".to_owned() });

@@ -10,7 +10,8 @@ use std::fmt::Write as _;
 use super::cache::{PageKeys, PageKind, ValueStore};
 use super::tuning::Cut;
 use super::{
-    attention, embed, encode_keys, gate, linear_float, linear_ternary, norm, rope_append, sample,
+    attention, embed, encode_keys, gate, linear_float, linear_ternary, norm, read_speed,
+    rope_append, sample,
 };
 use crate::backend::{Activation, CacheFormat, MatrixFormat, TensorFormat};
 use crate::delta::{
@@ -117,6 +118,7 @@ pub(super) enum Kernel {
         first: bool,
     },
     SampleDraw,
+    ReadSpeed,
 }
 
 impl Kernel {
@@ -143,6 +145,7 @@ impl Kernel {
             Self::SampleBest { .. } => "sample_best",
             Self::SampleTop { .. } => "sample_top",
             Self::SampleDraw => "sample_draw",
+            Self::ReadSpeed => "read_speed",
         }
     }
 
@@ -182,6 +185,7 @@ impl Kernel {
             Self::SampleBest { first } => sample::best_program(first),
             Self::SampleTop { first } => sample::top_program(first),
             Self::SampleDraw => sample::draw_program(),
+            Self::ReadSpeed => read_speed::program(),
         }
     }
 
@@ -253,7 +257,7 @@ impl Kernel {
         for first in [false, true] {
             all.extend([Self::SampleBest { first }, Self::SampleTop { first }]);
         }
-        all.push(Self::SampleDraw);
+        all.extend([Self::SampleDraw, Self::ReadSpeed]);
         all
     }
 }

@@ -12,7 +12,9 @@ use super::linear::Linear;
 use super::recorder::{Counters, Recorder};
 use super::tensor::{Norm, Rope, RowScale, Tensor};
 use super::{attention, sample};
-use crate::backend::{Activation, Footprint, Input, Operations, Step, StreamShape, TensorFormat};
+use crate::backend::{
+    Activation, Activity, Footprint, Input, KernelTime, Operations, Step, StreamShape, TensorFormat,
+};
 use crate::delta::{CacheImage, Page, Phase};
 use crate::error::{Error, Result};
 use crate::sampler::SampleStep;
@@ -225,6 +227,20 @@ impl Operations<Gpu> for Stream {
 
     fn token(&mut self) -> Result<u32> {
         self.sampled_token()
+    }
+
+    fn activity(&self) -> Activity {
+        let Counters { dispatches, submissions, readback_bytes, .. } = self.recorder.counters();
+        Activity { launches: dispatches, submissions, readback_bytes }
+    }
+
+    fn time_kernels(&mut self, on: bool) -> Result<bool> {
+        self.recorder.time_kernels(on)
+    }
+
+    fn kernel_times(&mut self) -> Result<Vec<KernelTime>> {
+        self.recorder.submit()?;
+        Ok(self.recorder.kernel_times())
     }
 
     fn read(&mut self, tensor: &Tensor) -> Result<Vec<f32>> {

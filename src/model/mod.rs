@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 pub use device::DeviceChoice;
 pub use memory::{MemoryUse, plan_memory};
 
-use crate::backend::{Backend, DeviceInfo, Input};
+use crate::backend::{Backend, DeviceInfo, Input, ReadSpeed};
+use crate::bench::{Observed, Observer};
 use crate::checkpoint::{Checkpoint, Files, ModelConfig};
 use crate::cpu::Cpu;
 use crate::delta::{AttentionPolicy, CacheImage, Page, Phase, Thresholds};
@@ -104,6 +105,16 @@ impl Model {
     pub fn open_checkpoint(
         checkpoint: Checkpoint,
         options: &ModelOptions,
+        progress: impl FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Result<Self> {
+        Self::open_observed(checkpoint, options, None, progress)
+    }
+
+    /// [`Model::open_checkpoint`]; what its operations cost is left with an `observer`.
+    pub(crate) fn open_observed(
+        checkpoint: Checkpoint,
+        options: &ModelOptions,
+        observer: Option<&Arc<Observer>>,
         mut progress: impl FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<Self> {
         let start = Instant::now();
@@ -112,15 +123,15 @@ impl Model {
         let mut fallback = None;
         let engine: Arc<dyn Engine> = match device::open(options)? {
             device::Opened::Reference => {
-                load(Reference::new(), &checkpoint, weights, &mut progress)?
+                load(Reference::new(), &checkpoint, weights, observer, &mut progress)?
             }
             device::Opened::Cpu(cpu, reason) => {
                 fallback = reason;
-                load(cpu, &checkpoint, weights, &mut progress)?
+                load(cpu, &checkpoint, weights, observer, &mut progress)?
             }
             device::Opened::Gpu(gpu) => {
                 let name = gpu.device().name.clone();
-                match load(gpu, &checkpoint, weights, &mut progress) {
+                match load(gpu, &checkpoint, weights, observer, &mut progress) {
                     // A GPU that was not asked for by name, and that cannot hold the model, is no
                     // reason to give up.
                     Err(error @ (Error::DeviceMemory { .. } | Error::DeviceLimit { .. }))
@@ -129,7 +140,7 @@ impl Model {
                         log::warn!("{name}: {error}");
                         fallback = Some(format!("the model does not fit on the GPU ({error})"));
                         let cpu = Cpu::new(options.threads)?;
-                        load(cpu, &checkpoint, weights, &mut progress)?
+                        load(cpu, &checkpoint, weights, observer, &mut progress)?
                     }
                     loaded => loaded?,
                 }
@@ -175,6 +186,18 @@ impl Model {
         self.engine.weight_bytes()
     }
 
+    /// The device that a model with these options would lie on, which is opened and closed again.
+    ///
+    /// # Errors
+    /// No such device, or a driver that refuses.
+    pub fn device_of(options: &ModelOptions) -> Result<DeviceInfo> {
+        Ok(match device::open(options)? {
+            device::Opened::Reference => Reference::new().device().clone(),
+            device::Opened::Cpu(cpu, _) => cpu.device().clone(),
+            device::Opened::Gpu(gpu) => gpu.device().clone(),
+        })
+    }
+
     #[cfg(feature = "chat")]
     pub(crate) fn files(&self) -> &Files {
         &self.files
@@ -198,9 +221,16 @@ fn load<B: Backend>(
     backend: B,
     checkpoint: &Checkpoint,
     weights: WeightFormat,
+    observer: Option<&Arc<Observer>>,
     progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
 ) -> Result<Arc<dyn Engine>> {
-    Ok(Arc::new(Transformer::load(backend, checkpoint, weights, progress)?))
+    Ok(match observer {
+        None => Arc::new(Transformer::load(backend, checkpoint, weights, progress)?),
+        Some(observer) => {
+            let backend = Observed::new(backend, Arc::clone(observer));
+            Arc::new(Transformer::load(backend, checkpoint, weights, progress)?)
+        }
+    })
 }
 
 /// What a step is to make beside its cache entries.
@@ -253,6 +283,7 @@ pub(crate) trait Engine: Send + Sync {
     fn weight_bytes(&self) -> u64;
     fn max_top_k(&self) -> usize;
     fn look_ahead(&self) -> usize;
+    fn read_speed(&self, bytes: u64) -> Result<ReadSpeed>;
     /// Makes the caches and activations of a session.
     fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>>;
 }
@@ -263,6 +294,8 @@ pub(crate) trait Decoder: Send {
     fn length(&self) -> usize;
     /// Cuts the cache back to at most its first `length` tokens.
     fn truncate(&mut self, length: usize);
+    /// Does now what [`Decoder::truncate`] has put off until the next step.
+    fn settle(&mut self) -> Result<()>;
     /// Whether the original keys that the next token of a phase sees are all still there: those of
     /// a compressed cache are overwritten in time, and a text cut far back has to be run again.
     fn can_continue(&self, phase: Phase) -> bool;

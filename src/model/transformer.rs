@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Decoder, LoadProgress, MemoryUse, Output, SessionShape, WeightFormat};
 use crate::backend::{
     Backend, CacheShape, DeviceInfo, DeviceKind, Footprint, Input, KeyValueCache, MatrixFormat,
-    ModelPlan, Operations, Step, StreamShape, TensorFormat,
+    ModelPlan, Operations, ReadSpeed, Step, StreamShape, TensorFormat,
 };
 use crate::checkpoint::{Checkpoint, MatrixSource, ModelConfig, Tensors};
 use crate::delta::{CacheImage, Originals, Page, Phase};
@@ -247,6 +247,10 @@ impl<B: Backend> super::Engine for Transformer<B> {
         self.backend.look_ahead()
     }
 
+    fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {
+        self.backend.read_speed(bytes)
+    }
+
     fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>> {
         let ModelConfig { attention, vocabulary, layers, .. } = self.config;
         self.backend.check_rope(shape.context, attention.head_dim)?;
@@ -344,6 +348,10 @@ impl<B: Backend> Decoder for Run<B> {
         if length == 0 {
             self.originals.restart(0);
         }
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        Run::settle(self)
     }
 
     fn can_continue(&self, phase: Phase) -> bool {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use half::f16;
 
-use crate::backend::{AttentionShape, CacheBytes, CacheFormat, KeyValueCache};
+use crate::backend::{AttentionShape, CacheBytes, CacheFormat, CacheRows, KeyValueCache};
 use crate::delta::{
     AttentionPolicy, CacheImage, ExactRule, Page, PageLayout, ValueFormat, decode_value,
     encode_value,
@@ -153,6 +153,17 @@ impl KeyValueCache for Cache {
         CacheBytes {
             keys: 4 * self.keys.len() as u64 + pages + reconstruction.sum::<u64>(),
             values: 4 * self.values.len() as u64 + self.value_rows.len() as u64,
+        }
+    }
+
+    /// As they count, not as they lie here.
+    fn rows(&self) -> CacheRows {
+        let AttentionShape { kv_heads, head_dim, .. } = self.shape;
+        CacheRows {
+            key: (kv_heads * head_dim * self.policy.exact.bytes()) as u64,
+            value: (kv_heads * self.policy.value_row_bytes(head_dim)) as u64,
+            pages: self.pages.first().map_or(0, |pages| pages.len() as u64),
+            page_bytes: self.pages.iter().flatten().map(Page::bytes).sum(),
         }
     }
 }

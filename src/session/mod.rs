@@ -2,6 +2,7 @@
 
 mod file;
 mod logits;
+mod rewind;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +17,7 @@ use crate::sampler::{Draws, SampleStep, Sampling, TokenSet};
 use crate::stop::StopScanner;
 use crate::tokenizer::TextStream;
 pub use logits::{LogitsOptions, LogitsRun};
+pub(crate) use rewind::Place;
 
 /// Context of a session where none is asked for, in tokens.
 pub const DEFAULT_CONTEXT: usize = 4096;

@@ -2,6 +2,7 @@
 
 mod args;
 mod attention_args;
+mod bench;
 mod cache_report;
 mod calibrate;
 mod chat;
@@ -15,6 +16,7 @@ mod logits;
 mod output;
 mod picture;
 mod scatter;
+mod table;
 mod tune;
 
 use std::process::ExitCode;
@@ -43,6 +45,9 @@ enum Command {
     /// Show a model directory: architecture, tensors, and the memory that a context needs; with
     /// --prompt, what the attention options do to each head
     Inspect(inspect::Args),
+    /// Measure how fast a model runs: prompts and generation, at several depths, on several devices
+    /// and with several attention modes side by side
+    Bench(bench::Args),
     /// Tasks, their metrics, and what attention policies cost of them
     Eval(eval::Args),
     /// Write the f32 logits of every position, to compare with other engines
@@ -63,6 +68,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(&args),
         Command::Devices(args) => devices::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),

@@ -5,6 +5,9 @@ use svg::node::element::{Line, Rectangle, Text, Title};
 
 pub const INK: &str = "#222222";
 pub const FAINT: &str = "#666666";
+/// Colours that can be told apart by the colour-blind, too (Okabe and Ito).
+pub const COLOURS: [&str; 7] =
+    ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
 
 /// A white page of this size in pixels, with its title.
 pub fn page(title: &str, width: f64, height: f64) -> Document {

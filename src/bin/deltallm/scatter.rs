@@ -3,7 +3,7 @@
 use svg::Document;
 use svg::node::element::{Circle, Group, Rectangle, Title};
 
-use crate::picture::{FAINT, line, page, text};
+use crate::picture::{COLOURS, FAINT, line, page, text};
 
 const WIDTH: f64 = 760.0;
 const LEFT: f64 = 84.0;
@@ -12,9 +12,6 @@ const TOP: f64 = 56.0;
 const HEIGHT: f64 = 320.0;
 const BOTTOM: f64 = 62.0;
 const LEGEND_LINE: f64 = 20.0;
-/// Colours that can be told apart by the colour-blind, too (Okabe and Ito).
-const COLOURS: [&str; 7] =
-    ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
 
 /// A figure of something that has a place on the horizontal axis.
 pub struct Point {

@@ -4,9 +4,8 @@ mod candidates;
 mod report;
 mod samples;
 
-use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::ValueEnum;
 use deltallm::eval::{
@@ -345,11 +344,4 @@ fn names_differ(tasks: &mut [Task]) {
         }
         rest[0].name = name;
     }
-}
-
-/// Writes a file that is whole or not there.
-fn write_whole(path: &Path, text: &str) -> Result<(), Error> {
-    let io = |source| Error::Io { path: path.to_owned(), source };
-    let part = path.with_extension("part");
-    fs::write(&part, text).and_then(|()| fs::rename(&part, path)).map_err(io)
 }

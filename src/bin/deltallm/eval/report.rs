@@ -6,9 +6,11 @@ use deltallm::eval::{Candidate, Estimate, Outcome, Stage, Summary, TaskKind};
 use deltallm::{Error, Model};
 use serde_json::{Value, json};
 
-use super::{Work, write_whole};
+use super::Work;
 use crate::cache_report::percent;
+use crate::output::write_whole;
 use crate::scatter::{Point, Scatter};
+use crate::table::{aligned, quoted};
 
 /// Figures of every task, stage and policy.
 pub struct Report<'a> {
@@ -197,7 +199,7 @@ impl TaskResult {
             ]);
             rows.push(row);
         }
-        text += &aligned(&rows);
+        text += &aligned(&rows, 1);
         let idle = |(candidate, summary): (&Candidate, &Summary)| {
             !candidate.attention.is_dense() && summary.keys.elements == 0
         };
@@ -275,33 +277,5 @@ fn estimate(estimate: &Estimate) -> String {
     match error {
         Some(error) => format!("{value:.digits$} ± {error:.digits$}"),
         None => format!("{value:.*}", digits + 2),
-    }
-}
-
-/// Columns as wide as they need, the first to the left, as a table that Markdown reads, too.
-fn aligned(rows: &[Vec<String>]) -> String {
-    let columns = rows.first().map_or(0, Vec::len);
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
-    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
-    let line = |row: &Vec<String>| {
-        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| {
-            if column == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
-        });
-        format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "))
-    };
-    let rule = widths.iter().enumerate().map(|(column, width)| match column {
-        0 => "-".repeat(width + 2),
-        _ => format!("{}:", "-".repeat(width + 1)),
-    });
-    let rule = format!("|{}|\n", rule.collect::<Vec<_>>().join("|"));
-    let lines: String = rows[1..].iter().map(line).collect();
-    format!("{}{rule}{lines}", line(&rows[0]))
-}
-
-/// A field of CSV.
-fn quoted(text: &str) -> String {
-    match text.contains([',', '"', '\n', '\r']) {
-        true => format!("\"{}\"", text.replace('"', "\"\"")),
-        false => text.to_owned(),
     }
 }

@@ -1,0 +1,93 @@
+//! The directory of a run: `<date>-<device>/`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use deltallm::Error;
+
+use super::chart;
+use super::report::Report;
+use crate::output::write_whole;
+
+/// Characters of a device's name that go into the directory's.
+const NAME: usize = 32;
+
+/// Refuses a place in which no directory can be made, before anything is measured.
+pub fn check(out: &Path) -> Result<(), Error> {
+    match out.ancestors().find(|path| path.exists()) {
+        Some(path) if !path.is_dir() => {
+            let message = "is a file: no directory can be made in it".into();
+            Err(Error::Malformed { path: path.to_owned(), message })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes a run into a new directory within `out`, and gives its name.
+pub fn write(out: &Path, report: &Report) -> Result<PathBuf, Error> {
+    let io = |path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::Io { path, source }
+    };
+    fs::create_dir_all(out).map_err(io(out))?;
+    let devices: Vec<String> =
+        report.devices.iter().map(|device| slug(&device.info.name)).collect();
+    let base = format!("{}-{}", report.date, devices.join("+"));
+    let (mut directory, mut number) = (out.join(&base), 2);
+    // An earlier run of the day stays as it is.
+    while let Err(error) = fs::create_dir(&directory) {
+        if error.kind() != std::io::ErrorKind::AlreadyExists {
+            return Err(io(&directory)(error));
+        }
+        directory = out.join(format!("{base}-{number}"));
+        number += 1;
+    }
+    write_whole(&directory.join("README.md"), &report.markdown())?;
+    write_whole(&directory.join("results.json"), &format!("{:#}\n", report.json()))?;
+    write_whole(&directory.join("results.csv"), &report.csv())?;
+    write_whole(&directory.join("chart.svg"), &format!("{}\n", chart::draw(report)))?;
+    Ok(directory)
+}
+
+/// A name fit for a directory: letters, digits and dashes, what is in brackets left out.
+fn slug(name: &str) -> String {
+    let before = name.split('(').next().filter(|before| !before.trim().is_empty());
+    let mut slug = String::new();
+    for word in before.unwrap_or(name).split(|c: char| !c.is_ascii_alphanumeric()) {
+        if !word.is_empty() && slug.len() + word.len() < NAME {
+            if !slug.is_empty() {
+                slug.push('-');
+            }
+            slug += &word.to_lowercase();
+        }
+    }
+    if slug.is_empty() { "device".to_owned() } else { slug }
+}
+
+/// The commit of the source tree that this program was built from, `+` for one with changes; nothing
+/// where the tree or git is gone.
+pub fn commit() -> Option<String> {
+    let git = |args: &[&str]| {
+        let tree = env!("CARGO_MANIFEST_DIR");
+        let output = Command::new("git").arg("-C").arg(tree).args(args).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let commit = git(&["rev-parse", "--short", "HEAD"])?;
+    let changed = !git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty();
+    Some(if changed { commit + "+" } else { commit })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_fit_for_directories() {
+        assert_eq!(slug("llvmpipe (LLVM 15.0.6, 256 bits)"), "llvmpipe");
+        assert_eq!(slug("AMD EPYC 9R14 96-Core Processor"), "amd-epyc-9r14-96-core-processor");
+        assert_eq!(slug("Intel(R) UHD Graphics 620 (WHL GT2)"), "intel");
+        assert_eq!(slug("(TM)"), "tm");
+        assert_eq!(slug("../??"), "device");
+    }
+}
