@@ -453,9 +453,10 @@ class Story:
             text = rng.choice(ATTRIBUTES[name].ask)[0].format(**fact.slots)
             yield Question(text, UNKNOWN, "unanswerable", "I do not know.", attribute=name)
 
-    def deeds(self, count: int, hints: float = 0.0) -> tuple[list[str], list[Question]]:
-        """Sentences where "she", "he" or "the baker" did something, and who it was. hints: share of
-        them after which the text itself says so."""
+    def deeds(self, count: int, easy: float = 0.0) -> tuple[list[str], list[Question]]:
+        """Sentences where "she", "he" or "the baker" did something, and who it was. easy: share of
+        them that are steps towards that: who did it is named, or nobody else is there, or the text
+        itself says who it was."""
         rng, sentences, questions = self.rng, [], []
         women = [p for p in self.people if p in WOMEN]
         men = [p for p in self.people if p in MEN]
@@ -469,6 +470,22 @@ class Story:
             if len(jobs) == 2 and rng.random() < 0.4:
                 word = f"the {jobs[doer]}"
             first, second = pair
+            step = rng.choice(["named", "alone", "said"]) if rng.random() < easy else ""
+            if step == "alone":
+                word = "she" if doer in WOMEN else "he"
+                sentences.append(
+                    rng.choice(
+                        [
+                            f"{doer} came to the {spot}. There {word} {deed}.",
+                            f"{doer} stopped at the {spot}, and {word} {deed}.",
+                            f"{doer} sat down for a moment. After a while {word} {deed}.",
+                        ]
+                    )
+                )
+                questions.append(Question(f"Who {deed}?", doer, "coreference", f"{doer} {deed}.", sorted(pair)))
+                continue
+            if step == "named":
+                word = doer
             sentences.append(
                 rng.choice(
                     [
@@ -479,7 +496,7 @@ class Story:
                     ]
                 )
             )
-            if rng.random() < hints:
+            if step == "said":
                 sentences[-1] += f" {rng.choice(HINTS)} {doer}."
             choices = sorted(pair)
             kind = "coreference"
@@ -663,7 +680,7 @@ def dense(rng: random.Random, tokens: int) -> Document:
             story.facts[person] = [fact for fact in facts if jobs and fact.attribute == "job"]
     units, questions = story.units(), list(story.questions())
     if topic == "deeds":
-        told, more = story.deeds(min(len(DEEDS), max(2, (tokens - 30 * jobs) // 36)), hints=0.1)
+        told, more = story.deeds(min(len(DEEDS), max(2, (tokens - 30 * jobs) // 36)), easy=0.5)
         units, questions = units + told, questions[:1] + more
     elif topic == "numbers" and rng.random() < 0.7:
         told, question = passkey(rng)

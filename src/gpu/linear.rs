@@ -193,27 +193,31 @@ impl<'a> Upload<'a> {
                     segment_count += 1;
                 }
                 let piece_rows = (PIECE_BYTES / self.row_bytes.max(1)).max(1);
+                // Rows that lie in the file as they lie on the device go there straight from its map.
+                let stride = self.row_bytes;
+                let mapped = matrix.borrow().filter(|_| matrix.row_bytes() == stride);
                 for row in (from..to).step_by(piece_rows) {
                     let count = piece_rows.min(to - row);
                     let source = row - stack_row..row - stack_row + count;
-                    self.values.clear();
-                    self.scales.clear();
-                    let stride = self.row_bytes;
-                    matrix.encode(
-                        source,
-                        stride,
-                        scales_stride,
-                        &mut self.values,
-                        &mut self.scales,
-                    );
                     let at = row - first;
-                    device.write(&weights, (at * self.row_bytes) as u64, &self.values)?;
+                    let place = (at * stride) as u64;
+                    if let Some(bytes) = &mapped {
+                        let rows = &bytes[source.start * stride..source.end * stride];
+                        device.write(&weights, place, rows)?;
+                        self.staged += rows.len();
+                    } else {
+                        let Self { values, scales, .. } = self;
+                        values.clear();
+                        scales.clear();
+                        matrix.encode(source, stride, scales_stride, values, scales);
+                        device.write(&weights, place, values)?;
+                        self.staged += values.len();
+                    }
                     if let Some(buffer) = &scales {
                         let bits: Vec<u16> = self.scales.iter().map(|s| s.to_bits()).collect();
                         let at = (at * scales_stride * 2) as u64;
                         device.write(buffer, at, bytemuck::cast_slice(&bits))?;
                     }
-                    self.staged += self.values.len();
                     if self.staged > STAGED_BYTES {
                         self.finish()?;
                     }
