@@ -1,14 +1,15 @@
 //! How fast all threads together read memory that no cache holds.
 
 use std::hint::black_box;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Machine;
 use crate::backend::{ReadSpeed, read_pattern};
 use crate::error::{Error, Result};
 
-/// Passes, of which the fastest counts: the others met other work on the machine.
-const PASSES: usize = 7;
+/// Time that passes are made for, of which the fastest counts: the others met other work on the
+/// machine.
+const TIME: Duration = Duration::from_millis(500);
 
 /// Words that a thread takes at a time.
 const STRIP: usize = (1 << 20) / 4;
@@ -23,8 +24,8 @@ pub(super) fn measure(machine: &Machine, bytes: u64) -> Result<ReadSpeed> {
         held: 0,
     })?;
     words.extend((0..count as u32).map(read_pattern));
-    let (mut best, mut sum) = (f64::INFINITY, 0);
-    for _ in 0..PASSES {
+    let (mut best, mut sum, begun) = (f64::INFINITY, 0, Instant::now());
+    while best.is_infinite() || begun.elapsed() < TIME {
         let strips = words.chunks(STRIP).map(|strip| (strip, 0)).collect::<Vec<_>>();
         let mut strips = black_box(strips);
         let start = Instant::now();
