@@ -36,7 +36,7 @@
 //! - [`eval`] measures what a policy does to a model's accuracy.
 //! - [`gpu`], [`cpu`] and [`mod@reference`] each implement them. [`mod@reference`] is slow and plain: read
 //!   it to know what an operation does. [`conformance`] holds the other two against it.
-//! - [`bench`] asks how fast a model runs, and how much of the memory's bandwidth it uses.
+//! - [`mod@bench`] asks how fast a model runs, and how much of the memory's bandwidth it uses.
 //! - [`eval`] asks what a policy costs: tasks, their metrics with standard errors, and the divergence
 //!   from dense attention.
 //! - [`Session`] is a text in progress: its cache, its sampling, its stream of pieces.
