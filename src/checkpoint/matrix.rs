@@ -22,6 +22,24 @@ impl Bytes {
         Self(Arc::new(map))
     }
 
+    /// `len` bytes of their own, on large pages where the system has them, zeros until `fill` writes
+    /// them.
+    pub(crate) fn filled(len: usize, fill: impl FnOnce(&mut [u8])) -> Self {
+        match memmap2::MmapMut::map_anon(len) {
+            Ok(mut map) => {
+                #[cfg(target_os = "linux")]
+                let _ = map.advise(memmap2::Advice::HugePage);
+                fill(&mut map);
+                Self(Arc::new(map))
+            }
+            Err(_) => {
+                let mut bytes = vec![0; len];
+                fill(&mut bytes);
+                bytes.into()
+            }
+        }
+    }
+
     /// The bytes in `range`, not copied.
     ///
     /// # Panics

@@ -359,7 +359,13 @@ fn map_file(path: &Path, file: &File, offset: u64, length: usize) -> Result<Mmap
     // SAFETY: the map is only read. If another process truncates the file meanwhile, reading it
     // raises SIGBUS, and if it writes to it, weights change under us: both would need a copy of
     // the whole model in memory to prevent, which this engine must not make.
-    unsafe { MmapOptions::new().offset(offset).len(length).map(file) }.map_err(Error::io(path))
+    let map = unsafe { MmapOptions::new().offset(offset).len(length).map(file) };
+    let map = map.map_err(Error::io(path))?;
+    // Products of one token read at up to twice the speed where an entry of the processor's table of
+    // pages covers 2 MB. It is a hint: a file that is in memory already stays on its pages.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    Ok(map)
 }
 
 fn is_plain_name(name: &str) -> bool {

@@ -41,7 +41,8 @@ pub(super) fn linear(
     let pieces: Vec<usize> = parts.iter().map(|part| part.rows).collect();
     let rows: usize = pieces.iter().sum();
     let height = if tokens < DECODED_TOKENS {
-        machine.strip_height(rows, parts.first().map_or(1, Matrix::row_bytes), STRIP_BYTES)
+        let row_bytes = parts.first().map_or(1, Matrix::row_bytes);
+        machine.strip_height(rows, row_bytes, tokens, STRIP_BYTES)
     } else {
         DECODED_ROWS
     };
@@ -95,10 +96,23 @@ impl<W: Weight> Kernel for Typed<'_, W> {
         if tokens < DECODED_TOKENS {
             let row = |r: usize| Row::<W>::new(matrix.row(first + r), matrix.row_scales(first + r));
             let x = |t: usize| &x[t * cols..][..cols];
-            multiply(simd, rows, tokens, matrix.row_bytes(), row, x, |t, r, y| {
+            let mut emit = |t: usize, r: usize, y: f32| {
                 let out = &mut out[t][r];
                 *out = if add { *out + y } else { y };
-            });
+            };
+            let mut token = 0;
+            while token < tokens {
+                let tile = (tokens - token).min(S::TILE);
+                for r in 0..rows {
+                    match tile {
+                        4 => few::<S, W, 4>(simd, r, token, row(r), &x, &mut emit),
+                        3 => few::<S, W, 3>(simd, r, token, row(r), &x, &mut emit),
+                        2 => few::<S, W, 2>(simd, r, token, row(r), &x, &mut emit),
+                        _ => few::<S, W, 1>(simd, r, token, row(r), &x, &mut emit),
+                    }
+                }
+                token += tile.min(4);
+            }
             return;
         }
 
@@ -125,7 +139,7 @@ impl<W: Weight> Kernel for Typed<'_, W> {
                 Row::<Float32>::new(bytemuck::cast_slice(row), &[])
             };
             let x = |t: usize| &x[t * cols + start..][..len];
-            multiply(simd, rows, tokens, 0, row, x, |t, r, y| sums[t * rows + r] += y);
+            multiply(simd, rows, tokens, row, x, |t, r, y| sums[t * rows + r] += y);
         }
         for (out, sums) in out.into_iter().zip(sums.chunks_exact(rows)) {
             for (out, y) in out.iter_mut().zip(sums) {
@@ -138,15 +152,94 @@ impl<W: Weight> Kernel for Typed<'_, W> {
 #[cfg(target_endian = "big")]
 compile_error!("the CPU backend computes on little-endian files as they are");
 
-/// Gives `emit` the product of each of `rows` with each of `tokens`: token, row, sum.
+/// Gives `emit` the products of a row with `T` tokens: token, row, sum.
 ///
-/// Rows that come from memory and not from a cache lie `stride` bytes apart; else it is 0.
+/// Rows come from memory, one after the other: processors foresee what lies ahead in one long
+/// stream, poorly in several short ones, and asking for it here costs more than it gains.
+#[inline(always)]
+fn few<'a, S: Simd, W: Weight + 'a, const T: usize>(
+    simd: S,
+    index: usize,
+    token: usize,
+    row: Row<'a, W>,
+    x: &impl Fn(usize) -> &'a [f32],
+    emit: &mut impl FnMut(usize, usize, f32),
+) {
+    let x: [_; T] = std::array::from_fn(|t| x(token + t).as_chunks::<BLOCK>());
+    // Slices of equal length, and known to be so: the loop below checks no index.
+    let whole = row.whole();
+    let whole_x: [_; T] = std::array::from_fn(|t| &x[t].0[..whole.len()]);
+    // Four sums a token hide the latency of adding to one.
+    let mut sums = [[simd.splat(0.0); 4]; T];
+    let (pairs, last) = whole.as_chunks::<2>();
+    for (pair, raw) in pairs.iter().enumerate() {
+        for half in 0..2 {
+            let block = 2 * pair + half;
+            let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
+            add_block::<S, W, T>(simd, &raw[half], row.scale(block), x, half, &mut sums);
+        }
+    }
+    if let [raw] = last {
+        let block = whole.len() - 1;
+        let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
+        add_block::<S, W, T>(simd, raw, row.scale(block), x, 0, &mut sums);
+    }
+    if !row.is_whole() {
+        let rest: [_; T] = std::array::from_fn(|t| {
+            let mut block = [0.0; BLOCK];
+            block[..x[t].1.len()].copy_from_slice(x[t].1);
+            block
+        });
+        let (raw, scale) = (row.rest(), row.scale(whole.len()));
+        add_block::<S, W, T>(simd, &raw, scale, rest.each_ref(), 1, &mut sums);
+    }
+    for (t, sums) in sums.iter().enumerate() {
+        emit(token + t, index, simd.sum4(*sums).iter().sum());
+    }
+}
+
+/// Adds the products of one block of a row; `half` is 0 and 1 in turn.
+#[inline(always)]
+fn add_block<S: Simd, W: Weight, const T: usize>(
+    simd: S,
+    raw: &W::Raw,
+    scale: u16,
+    x: [&[f32; BLOCK]; T],
+    half: usize,
+    sums: &mut [[S::Floats; 4]; T],
+) {
+    let vectors = BLOCK / S::LANES;
+    if W::SCALED {
+        // The scale once for the block, not for each of its vectors.
+        let mut products = [simd.splat(0.0); T];
+        for i in 0..vectors {
+            let w = W::Unscaled::load(simd, raw, 0, i);
+            for t in 0..T {
+                let x = simd.load(x[t], i);
+                products[t] = if i == 0 { simd.mul(w, x) } else { simd.fma(w, x, products[t]) };
+            }
+        }
+        let scale = simd.splat_f16(scale);
+        for t in 0..T {
+            sums[t][half] = simd.fma(products[t], scale, sums[t][half]);
+        }
+    } else {
+        for i in 0..vectors {
+            let w = W::load(simd, raw, 0, i);
+            for t in 0..T {
+                let sum = &mut sums[t][(half * vectors + i) % 4];
+                *sum = simd.fma(w, simd.load(x[t], i), *sum);
+            }
+        }
+    }
+}
+
+/// Gives `emit` the product of each of `rows` with each of `tokens`: token, row, sum.
 #[inline(always)]
 fn multiply<'a, S: Simd, W: Weight + 'a>(
     simd: S,
     rows: usize,
     tokens: usize,
-    stride: usize,
     row: impl Fn(usize) -> Row<'a, W>,
     x: impl Fn(usize) -> &'a [f32],
     mut emit: impl FnMut(usize, usize, f32),
@@ -159,12 +252,12 @@ fn multiply<'a, S: Simd, W: Weight + 'a>(
         while first < rows {
             let height = if rows - first >= 4 { 4 } else { 1 };
             match (height, tile) {
-                (4, 4) => tile_of::<S, W, 4, 4>(simd, first, token, stride, &row, &x, &mut emit),
-                (4, 2) => tile_of::<S, W, 4, 2>(simd, first, token, stride, &row, &x, &mut emit),
-                (4, _) => tile_of::<S, W, 4, 1>(simd, first, token, stride, &row, &x, &mut emit),
-                (_, 4) => tile_of::<S, W, 1, 4>(simd, first, token, stride, &row, &x, &mut emit),
-                (_, 2) => tile_of::<S, W, 1, 2>(simd, first, token, stride, &row, &x, &mut emit),
-                _ => tile_of::<S, W, 1, 1>(simd, first, token, stride, &row, &x, &mut emit),
+                (4, 4) => tile_of::<S, W, 4, 4>(simd, first, token, &row, &x, &mut emit),
+                (4, 2) => tile_of::<S, W, 4, 2>(simd, first, token, &row, &x, &mut emit),
+                (4, _) => tile_of::<S, W, 4, 1>(simd, first, token, &row, &x, &mut emit),
+                (_, 4) => tile_of::<S, W, 1, 4>(simd, first, token, &row, &x, &mut emit),
+                (_, 2) => tile_of::<S, W, 1, 2>(simd, first, token, &row, &x, &mut emit),
+                _ => tile_of::<S, W, 1, 1>(simd, first, token, &row, &x, &mut emit),
             }
             first += height;
         }
@@ -178,7 +271,6 @@ fn tile_of<'a, S: Simd, W: Weight + 'a, const R: usize, const T: usize>(
     simd: S,
     first: usize,
     token: usize,
-    stride: usize,
     row: &impl Fn(usize) -> Row<'a, W>,
     x: &impl Fn(usize) -> &'a [f32],
     emit: &mut impl FnMut(usize, usize, f32),
@@ -191,16 +283,6 @@ fn tile_of<'a, S: Simd, W: Weight + 'a, const R: usize, const T: usize>(
     let whole_x: [_; T] = std::array::from_fn(|t| &x[t].0[..blocks]);
     let mut sums = [[simd.splat(0.0); 4]; T];
     for block in 0..blocks {
-        if stride > 0 {
-            // The same place of the next rows: processors foresee poorly what lies ahead in
-            // several short streams.
-            for r in 0..R {
-                let raw = whole_w[r][block].as_ref();
-                for line in (0..raw.len()).step_by(64) {
-                    simd.prefetch(raw, R * stride + line);
-                }
-            }
-        }
         let w: [_; R] = std::array::from_fn(|r| (&whole_w[r][block], w[r].scale(block)));
         let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
         multiply_block::<S, W, R, T>(simd, w, x, &mut sums);

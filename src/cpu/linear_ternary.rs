@@ -26,7 +26,7 @@ pub(super) fn linear(machine: &Machine, x: &Tensor, parts: &[Matrix], out: &mut 
         pieces.extend((0..4).map(|field| part.rows.saturating_sub(field * quarter).min(quarter)));
     }
     let packed_rows: usize = pieces.iter().step_by(4).sum();
-    let height = machine.strip_height(packed_rows, cols, STRIP_BYTES);
+    let height = machine.strip_height(packed_rows, cols, tokens, STRIP_BYTES);
     let strips = cut(out.floats_mut(), tokens, &pieces, 4, |_| height);
     let small = packed_rows * cols * tokens < 8 * 1024;
     machine.each_of(small, strips, |_worker, Strip { piece, first, columns }| {
@@ -72,87 +72,65 @@ impl Kernel for Product<'_> {
         // A tile of tokens stays in the nearest cache while the strip's rows pass by.
         while S::TILE >= 4 && tokens - token >= 4 {
             for row in 0..rows {
-                self.tile::<S, 1, 4>(simd, row, token);
+                self.tile::<S, 4>(simd, row, token);
             }
             token += 4;
         }
         while tokens - token >= 2 {
             for row in 0..rows {
-                self.tile::<S, 1, 2>(simd, row, token);
+                self.tile::<S, 2>(simd, row, token);
             }
             token += 2;
         }
         if token < tokens {
-            let mut row = 0;
-            // Two rows at once hide the latency of the sums.
-            while S::TILE >= 4 && rows - row >= 4 {
-                self.tile::<S, 4, 1>(simd, row, token);
-                row += 4;
-            }
-            while rows - row >= 2 {
-                self.tile::<S, 2, 1>(simd, row, token);
-                row += 2;
-            }
-            if row < rows {
-                self.tile::<S, 1, 1>(simd, row, token);
+            // One row after the other: processors foresee what lies ahead in one long stream, poorly
+            // in several short ones, and asking for it here costs more than it gains.
+            for row in 0..rows {
+                self.tile::<S, 1>(simd, row, token);
             }
         }
     }
 }
 
 impl Product<'_> {
-    /// `R` packed rows times `T` tokens.
+    /// A packed row times `T` tokens.
     #[inline(always)]
-    fn tile<S: Simd, const R: usize, const T: usize>(&mut self, simd: S, row: usize, token: usize) {
+    fn tile<S: Simd, const T: usize>(&mut self, simd: S, row: usize, token: usize) {
         let cols = self.cols;
-        let packed: [_; R] = std::array::from_fn(|r| {
-            self.packed[(row + r) * cols..][..cols].as_chunks::<TERNARY_BLOCK>()
-        });
+        let packed = self.packed[row * cols..][..cols].as_chunks::<TERNARY_BLOCK>();
         let x: [_; T] = std::array::from_fn(|t| {
             self.x[(token + t) * cols..][..cols].as_chunks::<TERNARY_BLOCK>()
         });
         let blocks = cols / TERNARY_BLOCK;
         // Slices of equal length, and known to be so: the loop below checks no index.
-        let whole_packed: [_; R] = std::array::from_fn(|r| &packed[r].0[..blocks]);
+        let whole_packed = &packed.0[..blocks];
         let whole_x: [_; T] = std::array::from_fn(|t| &x[t].0[..blocks]);
-        let mut totals = [[[0i32; 4]; T]; R];
+        let mut totals = [[0i32; 4]; T];
         let mut start = 0;
         while start < blocks {
             let end = blocks.min(start + S::DOT_BLOCKS.min(blocks));
-            let mut sums = [[[simd.no_sums(); 4]; T]; R];
+            let mut sums = [[simd.no_sums(); 4]; T];
             for block in start..end {
-                if T == 1 {
-                    // The same place of the next rows: processors foresee poorly what lies ahead in
-                    // several short streams.
-                    for r in 0..R {
-                        let next = (row + R + r) * cols + block * TERNARY_BLOCK;
-                        simd.prefetch(self.packed, next);
-                    }
-                }
-                let w: [_; R] = std::array::from_fn(|r| &whole_packed[r][block]);
                 let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
-                multiply(simd, w, x, &mut sums);
+                multiply(simd, &whole_packed[block], x, &mut sums);
             }
             add_totals(simd, &sums, &mut totals);
             start = end;
         }
         if !cols.is_multiple_of(TERNARY_BLOCK) {
             // Activations of zero beyond the end: what the weights are there does not matter.
-            let w: [_; R] = std::array::from_fn(|r| padded(packed[r].1));
             let x: [_; T] = std::array::from_fn(|t| padded(x[t].1));
-            let mut sums = [[[simd.no_sums(); 4]; T]; R];
-            multiply(simd, w.each_ref(), x.each_ref(), &mut sums);
+            let mut sums = [[simd.no_sums(); 4]; T];
+            multiply(simd, &padded(packed.1), x.each_ref(), &mut sums);
             add_totals(simd, &sums, &mut totals);
         }
-        for (r, totals) in totals.iter().enumerate() {
-            for (t, totals) in totals.iter().enumerate() {
-                let token = token + t;
-                let scale = self.x_scales[token] * self.scale;
-                for (field, total) in totals.iter().enumerate() {
-                    if let Some(out) = self.out[4 * token + field].get_mut(row + r) {
-                        let y = (total - self.x_sums[token]) as f32 * scale;
-                        *out = if self.add { *out + y } else { y };
-                    }
+        for (t, totals) in totals.iter().enumerate() {
+            let token = token + t;
+            let scale = self.x_scales[token] * self.scale;
+            for (field, total) in totals.iter().enumerate() {
+                if let Some(out) = self.out[4 * token + field].get_mut(row) {
+                    let y = (total - self.x_sums[token]) as f32 * scale;
+                    *out = if self.add { *out + y } else { y };
                 }
             }
         }
@@ -161,37 +139,33 @@ impl Product<'_> {
 
 /// Adds the products of one block.
 #[inline(always)]
-fn multiply<S: Simd, const R: usize, const T: usize>(
+fn multiply<S: Simd, const T: usize>(
     simd: S,
-    packed: [&[u8; TERNARY_BLOCK]; R],
+    packed: &[u8; TERNARY_BLOCK],
     x: [&[i8; TERNARY_BLOCK]; T],
-    sums: &mut [[[S::Sums; 4]; T]; R],
+    sums: &mut [[S::Sums; 4]; T],
 ) {
     for i in 0..TERNARY_BLOCK / S::BYTES {
-        for r in 0..R {
-            let fields = simd.fields(packed[r], i);
-            for t in 0..T {
-                let x = simd.bytes(x[t], i);
-                for field in 0..4 {
-                    sums[r][t][field] = simd.dot(sums[r][t][field], fields[field], x);
-                }
+        let fields = simd.fields(packed, i);
+        for t in 0..T {
+            let x = simd.bytes(x[t], i);
+            for field in 0..4 {
+                sums[t][field] = simd.dot(sums[t][field], fields[field], x);
             }
         }
     }
 }
 
 #[inline(always)]
-fn add_totals<S: Simd, const R: usize, const T: usize>(
+fn add_totals<S: Simd, const T: usize>(
     simd: S,
-    sums: &[[[S::Sums; 4]; T]; R],
-    totals: &mut [[[i32; 4]; T]; R],
+    sums: &[[S::Sums; 4]; T],
+    totals: &mut [[i32; 4]; T],
 ) {
-    for r in 0..R {
-        for t in 0..T {
-            let four = simd.total4(sums[r][t]);
-            for field in 0..4 {
-                totals[r][t][field] += four[field] >> S::FIELD_SHIFTS[field];
-            }
+    for t in 0..T {
+        let four = simd.total4(sums[t]);
+        for field in 0..4 {
+            totals[t][field] += four[field] >> S::FIELD_SHIFTS[field];
         }
     }
 }

@@ -107,6 +107,12 @@ fn processor_name() -> String {
     from_linux().unwrap_or_else(|| std::env::consts::ARCH.to_owned())
 }
 
+/// Rows of a matrix that are encoded at once.
+const ENCODED_ROWS: usize = 4096;
+
+/// Strips of a matrix for each thread, at least.
+const STRIPS: usize = 8;
+
 /// What all sessions share.
 struct Machine {
     info: DeviceInfo,
@@ -120,14 +126,16 @@ impl Machine {
         if small {
             items.into_iter().for_each(|item| task(0, item));
         } else {
-            self.threads.each_of(items.into_iter(), task);
+            self.threads.each_of(items, task);
         }
     }
 
-    /// Rows of a strip of a matrix: about `bytes`, but several strips for each thread.
-    fn strip_height(&self, rows: usize, row_bytes: usize, bytes: usize) -> usize {
-        let fit = bytes / row_bytes.max(1);
-        let share = rows.div_ceil(4 * self.threads.count());
+    /// Rows of a strip of a matrix that `tokens` pass by: one token reads on and on, and needs no
+    /// more strips than let threads end together; where several pass by, a strip of about `bytes`
+    /// stays in the cache.
+    fn strip_height(&self, rows: usize, row_bytes: usize, tokens: usize, bytes: usize) -> usize {
+        let share = rows.div_ceil(STRIPS * self.threads.count());
+        let fit = if tokens > 1 { bytes / row_bytes.max(1) } else { share };
         fit.min(share).max(1).next_multiple_of(4)
     }
 }
@@ -174,11 +182,18 @@ impl Matrix {
         let mut scales = Vec::new();
         let values = source.borrow().unwrap_or_else(|| {
             let (stride, scale_stride) = (source.row_bytes(), source.row_scales());
-            let mut values = Vec::with_capacity(source.storage_rows() * stride);
-            scales.reserve_exact(source.storage_rows() * scale_stride);
-            let all = 0..source.storage_rows();
-            source.encode(all, stride, scale_stride, &mut values, &mut scales);
-            values.into()
+            let rows = source.storage_rows();
+            scales.reserve_exact(rows * scale_stride);
+            Bytes::filled(rows * stride, |bytes| {
+                let mut part = Vec::new();
+                for (index, bytes) in bytes.chunks_mut(ENCODED_ROWS * stride.max(1)).enumerate() {
+                    let first = index * ENCODED_ROWS;
+                    let range = first..rows.min(first + ENCODED_ROWS);
+                    part.clear();
+                    source.encode(range, stride, scale_stride, &mut part, &mut scales);
+                    bytes.copy_from_slice(&part);
+                }
+            })
         });
         let (format, rows, cols) = (source.format(), source.rows(), source.cols());
         Self { format, rows, cols, values, scales, scale: source.scale() }

@@ -29,7 +29,7 @@ pub(super) fn measure(machine: &Machine, bytes: u64) -> Result<ReadSpeed> {
         let strips = words.chunks(STRIP).map(|strip| (strip, 0)).collect::<Vec<_>>();
         let mut strips = black_box(strips);
         let start = Instant::now();
-        machine.threads.each_of(strips.iter_mut(), |_, (strip, sum)| {
+        machine.threads.each_of(strips.iter_mut().collect(), |_, (strip, sum)| {
             *sum = strip.iter().fold(0, |sum: u32, word| sum.wrapping_add(*word));
         });
         best = start.elapsed().as_secs_f64().min(best);

@@ -186,24 +186,38 @@ impl Threads {
     /// Calls `task` with each of `items`, which may be disjoint parts of an output, and with the
     /// index of the thread that it runs on.
     ///
-    /// Threads take the next item when they are free: cores may differ in speed, or be busy.
-    pub(super) fn each_of<T: Send>(
-        &self,
-        items: impl ExactSizeIterator<Item = T> + Send,
-        task: impl Fn(usize, T) + Sync,
-    ) {
+    /// Each thread has a share of neighbouring items and takes them in order, so that what it
+    /// reads goes on where it was, and what it asks the memory for ahead is its own. Cores may
+    /// differ in speed, or be busy: who is done takes items from the end of another's share.
+    pub(super) fn each_of<T: Send>(&self, items: Vec<T>, task: impl Fn(usize, T) + Sync) {
         if items.len() < 2 || self.workers.is_empty() {
-            items.for_each(|item| task(0, item));
+            items.into_iter().for_each(|item| task(0, item));
             return;
         }
-        let items = Mutex::new(items);
-        let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let shares = shares(items, self.count());
         self.everywhere(&|worker| {
-            while let Some(item) = next() {
+            let lock = |share: usize| shares[share].lock().unwrap_or_else(PoisonError::into_inner);
+            while let Some(item) = { lock(worker).next() } {
                 task(worker, item);
+            }
+            for other in (1..shares.len()).map(|i| (worker + i) % shares.len()) {
+                while let Some(item) = { lock(other).next_back() } {
+                    task(worker, item);
+                }
             }
         });
     }
+}
+
+/// Cuts `items` into `count` shares of neighbours.
+fn shares<T>(mut items: Vec<T>, count: usize) -> Vec<Mutex<std::vec::IntoIter<T>>> {
+    let total = items.len();
+    let mut shares: Vec<_> = (0..count)
+        .rev()
+        .map(|share| Mutex::new(items.split_off(share * total / count).into_iter()))
+        .collect();
+    shares.reverse();
+    shares
 }
 
 impl Drop for Threads {
@@ -228,7 +242,7 @@ mod tests {
             assert_eq!(threads.count(), count);
             for round in 0..300 {
                 let mut out = vec![0; round % 37];
-                threads.each_of(out.iter_mut(), |worker, item| {
+                threads.each_of(out.iter_mut().collect(), |worker, item| {
                     assert!(worker < count);
                     *item += 1;
                 });
@@ -245,7 +259,7 @@ mod tests {
                 scope.spawn(|| {
                     for _ in 0..100 {
                         let mut out = [0; 20];
-                        threads.each_of(out.iter_mut(), |_, item| *item += 1);
+                        threads.each_of(out.iter_mut().collect(), |_, item| *item += 1);
                         assert!(out.iter().all(|&n| n == 1));
                     }
                 });
@@ -257,11 +271,11 @@ mod tests {
     fn a_panic_reaches_the_caller_and_harms_nobody_else() {
         let threads = Threads::new(Some(3)).expect("threads start");
         let result = catch_unwind(AssertUnwindSafe(|| {
-            threads.each_of(0..50, |_, i| assert!(i != 25, "as planned"));
+            threads.each_of((0..50).collect(), |_, i| assert!(i != 25, "as planned"));
         }));
         assert!(result.is_err());
         let mut out = [0; 50];
-        threads.each_of(out.iter_mut(), |_, item| *item += 1);
+        threads.each_of(out.iter_mut().collect(), |_, item| *item += 1);
         assert!(out.iter().all(|&n| n == 1));
     }
 }

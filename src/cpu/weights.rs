@@ -7,7 +7,13 @@ use super::simd::{BLOCK, Simd};
 /// A format of weights.
 pub(super) trait Weight {
     /// The bytes of a block of [`BLOCK`] columns.
-    type Raw: AsRef<[u8]>;
+    type Raw;
+
+    /// The same format without scales.
+    type Unscaled: Weight<Raw = Self::Raw>;
+
+    /// Whether blocks have scales.
+    const SCALED: bool;
 
     /// Whole blocks of a row, and what is left.
     fn split(row: &[u8]) -> (&[Self::Raw], &[u8]);
@@ -21,12 +27,15 @@ pub(super) trait Weight {
 }
 
 macro_rules! weight {
-    ($(#[$doc:meta])* $name:ident, $bytes:expr, |$simd:ident, $raw:ident, $scale:ident, $i:ident| $load:expr) => {
+    ($(#[$doc:meta])* $name:ident, $unscaled:ident, $scaled:expr, $bytes:expr, |$simd:ident, $raw:ident, $scale:ident, $i:ident| $load:expr) => {
         $(#[$doc])*
         pub(super) struct $name;
 
         impl Weight for $name {
             type Raw = [u8; $bytes];
+            type Unscaled = $unscaled;
+
+            const SCALED: bool = $scaled;
 
             #[inline(always)]
             fn split(row: &[u8]) -> (&[Self::Raw], &[u8]) {
@@ -50,38 +59,44 @@ macro_rules! weight {
 
 weight!(
     /// Little-endian `f32`.
-    Float32, 4 * BLOCK, |simd, raw, _scale, i| simd.load_f32(raw, i)
+    Float32, Float32, false, 4 * BLOCK, |simd, raw, _scale, i| simd.load_f32(raw, i)
 );
 weight!(
     /// Little-endian `f16`.
-    Float16, 2 * BLOCK, |simd, raw, _scale, i| simd.load_f16(raw, i)
+    Float16, Float16, false, 2 * BLOCK, |simd, raw, _scale, i| simd.load_f16(raw, i)
 );
 weight!(
     /// Little-endian `bf16`.
-    BFloat16, 2 * BLOCK, |simd, raw, _scale, i| simd.load_bf16(raw, i)
+    BFloat16, BFloat16, false, 2 * BLOCK, |simd, raw, _scale, i| simd.load_bf16(raw, i)
 );
 weight!(
     /// `i8` with a scale: a block is a block of [`crate::backend::Q8_BLOCK`].
-    Levels8, BLOCK, |simd, raw, scale, i| simd.mul(simd.load_i8(raw, i), simd.splat_f16(scale))
+    Levels8, Signed8, true, BLOCK, |simd, raw, scale, i| simd.mul(simd.load_i8(raw, i), simd.splat_f16(scale))
 );
 weight!(
     /// Fields of 4 bits with a scale and an offset of 8, in whole blocks as above.
-    Levels4, BLOCK / 2, |simd, raw, scale, i| {
-        simd.mul(simd.sub(simd.load_u4(raw, i), simd.splat(8.0)), simd.splat_f16(scale))
+    Levels4, Signed4, true, BLOCK / 2, |simd, raw, scale, i| {
+        simd.mul(Signed4::load(simd, raw, 0, i), simd.splat_f16(scale))
     }
 );
 
 weight!(
     /// `i8` as it is.
-    Signed8, BLOCK, |simd, raw, _scale, i| simd.load_i8(raw, i)
+    Signed8, Signed8, false, BLOCK, |simd, raw, _scale, i| simd.load_i8(raw, i)
+);
+weight!(
+    /// Fields of 4 bits with an offset of 8.
+    Signed4, Signed4, false, BLOCK / 2, |simd, raw, _scale, i| {
+        simd.sub(simd.load_u4(raw, i), simd.splat(8.0))
+    }
 );
 weight!(
     /// Unsigned fields of 4 bits.
-    Unsigned4, BLOCK / 2, |simd, raw, _scale, i| simd.load_u4(raw, i)
+    Unsigned4, Unsigned4, false, BLOCK / 2, |simd, raw, _scale, i| simd.load_u4(raw, i)
 );
 weight!(
     /// Unsigned fields of 2 bits.
-    Unsigned2, BLOCK / 4, |simd, raw, _scale, i| simd.load_u2(raw, i)
+    Unsigned2, Unsigned2, false, BLOCK / 4, |simd, raw, _scale, i| simd.load_u2(raw, i)
 );
 
 const _: () = assert!(BLOCK == crate::backend::Q8_BLOCK);
