@@ -144,7 +144,7 @@ fn main(lane: Lane, @builtin(workgroup_id) workgroup: vec3<u32>) {
         }
     }
 
-    // Their barriers also mean that the parts of the last tile are read.
+    // The parts of the last tile were read before its last barrier.
     total = workgroup_sum_vec4f(total, lane);
     var added = vec4<f32>();
     if (VALUE_MINIMA) {

@@ -50,8 +50,9 @@ pub struct StreamShape {
 pub struct ModelPlan {
     /// Of the token table.
     pub embedding: MatrixFormat,
-    /// Of the matrices of the layers.
-    pub body: MatrixFormat,
+    /// Of the matrices of a layer: those that read the residual stream, the output projection and the
+    /// down projection. Widths decide whether rows can be quantised in blocks.
+    pub body: [MatrixFormat; 3],
     /// Of the output head.
     pub head: MatrixFormat,
     /// Between gate and up projection.

@@ -89,3 +89,4 @@ pub use session::{
     Piece, Session, SessionOptions, Timings, check_context,
 };
 pub use tokenizer::Tokenizer;
+pub use whole_file::write_whole;

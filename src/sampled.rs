@@ -10,26 +10,27 @@ use crate::sampler::SampleStep;
 /// Tokens that were sampled; nothing in place of one whose logits held NaN.
 #[derive(Debug, Default)]
 pub(crate) struct SampledTokens {
-    last: Option<u32>,
+    /// Those since the last step of given tokens.
+    since: Vec<Option<u32>>,
     unread: VecDeque<Option<u32>>,
-    /// What the step runs on, where that was sampled.
-    input: Option<u32>,
+    /// Whether the step runs on a sampled token.
+    goes_on: bool,
 }
 
 impl SampledTokens {
     /// Starts a step: `tokens` become those that it runs on.
     pub(crate) fn begin(&mut self, input: Input<'_>, tokens: &mut Vec<u32>) -> Result<()> {
         tokens.clear();
+        self.goes_on = matches!(input, Input::Sampled);
         match input {
             Input::Tokens(given) => {
+                self.since.clear();
                 self.unread.clear();
-                self.input = None;
                 tokens.extend_from_slice(given);
             }
             Input::Sampled => {
-                let last = self.last.ok_or_else(not_finite)?;
-                self.input = Some(last);
-                tokens.push(last);
+                let last = self.since.last().ok_or_else(nothing_sampled)?;
+                tokens.push(last.ok_or_else(not_finite)?);
             }
         }
         Ok(())
@@ -41,26 +42,26 @@ impl SampledTokens {
         step: &SampleStep<'_>,
         choose: impl FnOnce(&SampleStep<'_>) -> Option<u32>,
     ) {
-        self.last = match self.input {
-            Some(token) if step.repetition_penalty != 1.0 && !step.seen.contains(token) => {
-                let mut seen = step.seen.clone();
-                seen.insert(token);
-                choose(&SampleStep { seen: &seen, ..*step })
-            }
-            _ => choose(step),
+        let token = if self.goes_on && step.repetition_penalty != 1.0 {
+            let mut seen = step.seen.clone();
+            self.since.iter().flatten().for_each(|&token| seen.insert(token));
+            choose(&SampleStep { seen: &seen, ..*step })
+        } else {
+            choose(step)
         };
-        self.unread.push_back(self.last);
+        self.since.push(token);
+        self.unread.push_back(token);
     }
 
     /// The first that was not read.
     pub(crate) fn read(&mut self) -> Result<u32> {
-        let token = self.unread.pop_front().ok_or_else(|| Error::Device {
-            device: "CPU".into(),
-            what: "token".into(),
-            message: "no token was sampled".into(),
-        })?;
-        token.ok_or_else(not_finite)
+        self.unread.pop_front().ok_or_else(nothing_sampled)?.ok_or_else(not_finite)
     }
+}
+
+fn nothing_sampled() -> Error {
+    let (device, what) = ("the host".into(), "the next token".into());
+    Error::Device { device, what, message: "no token was sampled".into() }
 }
 
 fn not_finite() -> Error {

@@ -3,17 +3,23 @@
 
 mod gpu_common;
 
-use deltallm::backend::Backend;
+use deltallm::backend::{Backend, DeviceKind};
 use deltallm::conformance;
-use deltallm::gpu::{Gpu, GpuOptions};
+use deltallm::gpu::{Cut, Gpu, GpuOptions, Tuning, Tunings};
 use gpu_common::{any, open};
 
 fn conforms(options: GpuOptions) {
+    some_conform(options, "");
+}
+
+/// The operations whose names begin like this.
+fn some_conform(options: GpuOptions, names: &str) {
     let gpu: Gpu = open(options);
     let device = gpu.device().clone();
     let mut count = 0;
     let mut failed = Vec::new();
-    for operation in conformance::table::<Gpu>() {
+    let table = conformance::table::<Gpu>();
+    for operation in table.into_iter().filter(|operation| operation.name.starts_with(names)) {
         let checks =
             (operation.run)(&gpu).unwrap_or_else(|error| panic!("{}: {error}", operation.name));
         count += checks.len();
@@ -51,4 +57,22 @@ fn conforms_with_subgroups_alone() {
 #[test]
 fn conforms_with_matrices_in_pieces() {
     conforms(GpuOptions { max_matrix_block: Some(16 << 10), ..any() });
+}
+
+/// As products are cut on a hardware GPU by default, and as nowhere by default.
+#[test]
+fn products_conform_however_they_are_cut() {
+    let mut others = Tuning::default_of(DeviceKind::DiscreteGpu);
+    for format in Tuning::FORMATS {
+        let cut = others.of_mut(format);
+        *cut = Cut { workgroup: 32, rows: 2 * cut.rows };
+    }
+    for tuning in [Tuning::default_of(DeviceKind::DiscreteGpu), others] {
+        for subgroups in [true, false] {
+            let options = GpuOptions { subgroups, ..any() };
+            let mut tunings = Tunings::default();
+            tunings.insert(open(options.clone()).device(), tuning);
+            some_conform(GpuOptions { tunings, ..options }, "linear");
+        }
+    }
 }

@@ -132,6 +132,12 @@ fn a_generation_that_is_left_early_leaves_nothing_behind() {
                     format!("{counted:?}")
                 };
                 assert_eq!(counted(&mut left), counted(&mut asked), "{case}, {taken} taken");
+                let saved = |session: &mut Session| {
+                    let file = tempfile::NamedTempFile::new().expect("a file");
+                    session.save(file.path()).expect("saved");
+                    fs::read(file.path()).expect("read")
+                };
+                assert!(saved(&mut left) == saved(&mut asked), "{case}, {taken} taken");
                 let on = |session: &mut Session| {
                     let more = ids(session, &[], &greedy(5));
                     let more = [more, ids(session, &[7, 8, 9], &greedy(5))].concat();

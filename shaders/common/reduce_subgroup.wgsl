@@ -1,7 +1,8 @@
 // Sums and maxima over the whole workgroup: first within each subgroup, then over the subgroups'
 // results in workgroup memory. Every invocation must call them, and every invocation gets the
 // result. A subgroup may be of any size from one invocation to the workgroup; where it is all of
-// it, there is nothing to wait for.
+// it, no barrier is needed, nor made: these functions do not order what their callers write to
+// workgroup memory.
 
 struct Lane {
     @builtin(local_invocation_index) index: u32,

@@ -10,6 +10,8 @@ fn prepare_page(header: u32, lane: Lane) -> vec4<f32> {
         parts[c] = q * scale_minimum.x;
         base += q * scale_minimum.y;
     }
+    // What each invocation leaves, others read.
+    workgroupBarrier();
     return workgroup_sum_vec4f(base, lane);
 }
 

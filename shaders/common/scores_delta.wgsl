@@ -12,6 +12,8 @@ fn prepare_page(header: u32, lane: Lane) -> vec4<f32> {
             parts[c] *= page_half(header + SCALES, c);
         }
     }
+    // What each invocation leaves, others read.
+    workgroupBarrier();
     return workgroup_sum_vec4f(base, lane);
 }
 

@@ -348,8 +348,10 @@ fn ternary(config: &Object, architecture: Architecture) -> Result<Option<Ternary
         (Architecture::Llama, Some(quantization)) => {
             let method = quantization.text("quant_method")?.unwrap_or("unnamed");
             let what = format!("quantization {method:?} of a Llama model");
-            Err(config
-                .unsupported(what, "f32, f16 and bf16 weights are; --weights q8 makes 8 bits"))
+            Err(config.unsupported(
+                what,
+                "f32, f16 and bf16 weights are; --weights makes 8 or 4 bits of them",
+            ))
         }
         (Architecture::BitNet, None) => Err(config.unsupported(
             "a bitnet model without quantization_config",

@@ -1,4 +1,4 @@
-//! Float and 8-bit weights times float activations.
+//! Float, 8-bit and 4-bit weights times float activations.
 //!
 //! A few tokens are bound by memory: each weight is decoded where it is used, in registers. For
 //! more, a strip of rows is decoded once into a buffer that fits the second-level cache, and all

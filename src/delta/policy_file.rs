@@ -10,7 +10,7 @@ use super::thresholds::Thresholds;
 use crate::checkpoint::Object;
 use crate::error::{Error, Result};
 use crate::formats::AttentionShape;
-use crate::whole_file;
+use crate::whole_file::write_whole;
 
 const FORMAT: &str = "deltallm policy";
 const VERSION: u64 = 1;
@@ -122,7 +122,7 @@ impl PolicyFile {
     /// # Errors
     /// [`Error::Io`]; [`Error::Malformed`] where something that is not a regular file stands there.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
-        whole_file::write(path.as_ref(), &self.to_text())
+        write_whole(path.as_ref(), &self.to_text())
     }
 
     /// What [`PolicyFile::write`] writes.

@@ -330,7 +330,7 @@ impl Device {
         self.pipelines.announce(kernels);
     }
 
-    /// The pipeline of a kernel, compiled by now unless it was announced early enough.
+    /// The pipeline of a kernel, compiled now unless it was announced early enough.
     pub(super) fn pipeline(&self, kernel: Kernel) -> Result<Arc<Pipeline>> {
         self.pipelines.get(kernel).map_err(|message| self.fault(kernel.name(), message))
     }

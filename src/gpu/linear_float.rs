@@ -1,4 +1,4 @@
-//! `linear` for float and 8-bit weights; sums are f32.
+//! `linear` for float, 8-bit and 4-bit weights; sums are f32.
 
 use super::linear::{FEW_TOKENS, Linear};
 use super::shader::{Abilities, Binding, Kernel, Program, reduce, weights, wgsl};

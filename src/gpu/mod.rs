@@ -200,11 +200,12 @@ impl Backend for Gpu {
 /// needs first comes first.
 fn kernels_of(plan: &ModelPlan, tuning: &Tuning) -> Vec<Kernel> {
     let ModelPlan { embedding, body, head, activation, intermediate } = *plan;
-    let ternary = body == MatrixFormat::Ternary;
+    let ternary = body[0] == MatrixFormat::Ternary;
     let projected = if ternary { TensorFormat::Int8 } else { TensorFormat::F32 };
     let mut kernels = vec![Kernel::Embed { table: embedding }, Kernel::Norm { out: projected }];
-    let (many, few) = linear::kernels(body, tuning);
-    kernels.extend(many);
+    // What is announced twice is compiled once.
+    let linears = body.map(|format| linear::kernels(format, tuning));
+    kernels.extend(linears.iter().flat_map(|(many, _)| many));
     kernels.push(Kernel::Gate {
         activation,
         norm: ternary,
@@ -217,7 +218,7 @@ fn kernels_of(plan: &ModelPlan, tuning: &Tuning) -> Vec<Kernel> {
         kernels.extend([Kernel::SampleBest { first }, Kernel::SampleTop { first }]);
     }
     kernels.push(Kernel::SampleDraw);
-    kernels.extend(few);
+    kernels.extend(linears.iter().flat_map(|(_, few)| few));
     kernels
 }
 

@@ -5,6 +5,7 @@
 //! that is not ready waits for it, or compiles it where nobody has begun.
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
@@ -50,7 +51,12 @@ impl Shared {
     }
 
     fn fill(&self, kernel: Kernel, slot: &Slot) -> Result<Arc<Pipeline>, String> {
-        slot.get_or_init(|| (self.compile)(kernel).map(Arc::new)).clone()
+        let compile = || {
+            // What a driver does must neither end a thread nor reach a caller as a panic.
+            catch_unwind(AssertUnwindSafe(|| (self.compile)(kernel)))
+                .unwrap_or_else(|_| Err("the compiler panicked".to_owned()))
+        };
+        slot.get_or_init(|| compile().map(Arc::new)).clone()
     }
 
     /// Compiles what waits, until nothing does.
@@ -134,7 +140,7 @@ impl Drop for Pipelines {
         let threads = std::mem::take(&mut state.threads);
         drop(state);
         for thread in threads {
-            // It panics only where a driver does.
+            // It catches what panics.
             let _ = thread.join();
         }
     }

@@ -8,10 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{DeviceInfo, DeviceKind, MatrixFormat};
 use crate::error::{Error, Result};
-use crate::whole_file;
+use crate::whole_file::write_whole;
 
 /// How a workgroup of a product with few tokens is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Cut {
     /// Invocations, which share out the columns: a power of two from 8 to 256.
     pub workgroup: u32,
@@ -117,7 +118,8 @@ impl Tuning {
     }
 }
 
-/// The tunings of several devices, by name, interface and driver: another driver is another device.
+/// The tunings of several devices, by name, interface, driver and features in use: another driver is
+/// another device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Tunings(BTreeMap<String, Tuning>);
@@ -156,13 +158,13 @@ impl Tunings {
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         // A map of text to numbers is JSON without fail.
         let text = serde_json::to_string_pretty(self).unwrap_or_default() + "\n";
-        whole_file::write(path.as_ref(), &text)
+        write_whole(path.as_ref(), &text)
     }
 }
 
 fn key(device: &DeviceInfo) -> String {
-    let DeviceInfo { name, backend, driver, .. } = device;
-    format!("{name}, {backend}, {driver}")
+    let DeviceInfo { name, backend, driver, features, .. } = device;
+    format!("{name}, {backend}, {driver}, {}", features.join(" "))
 }
 
 #[cfg(test)]

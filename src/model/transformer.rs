@@ -437,9 +437,14 @@ impl<B: Backend> Loader<'_, B> {
             Some(false) => float("lm_head", vocabulary, hidden)?,
             _ => embedding,
         };
+        let q = self.config.attention.width();
         let body = match self.config.ternary {
-            Some(_) => MatrixFormat::Ternary,
-            None => float("model.layers.0.mlp.gate_proj", intermediate, hidden)?,
+            Some(_) => [MatrixFormat::Ternary; 3],
+            None => [
+                float("model.layers.0.mlp.gate_proj", intermediate, hidden)?,
+                float("model.layers.0.self_attn.o_proj", hidden, q)?,
+                float("model.layers.0.mlp.down_proj", hidden, intermediate)?,
+            ],
         };
         Ok(ModelPlan { embedding, body, head, activation, intermediate })
     }
@@ -551,13 +556,14 @@ mod tests {
     #[test]
     fn a_session_needs_no_kernel_that_was_not_announced() {
         let options = GpuOptions { select: Select::Named(String::new()), ..GpuOptions::default() };
-        for model in ["bitnet-64", "llama-64", "llama-80"] {
+        let (stored, q4) = (WeightFormat::Stored, WeightFormat::Q4);
+        let models = [("bitnet-64", stored), ("llama-64", stored), ("llama-80", stored)];
+        for (model, weights) in models.into_iter().chain([("llama-80", q4), ("bitnet-80", q4)]) {
             let dir = format!("{}/tests/fixtures/{model}", env!("CARGO_MANIFEST_DIR"));
             let checkpoint = Checkpoint::open(dir).expect("a fixture");
             let gpu = Gpu::open(&options).expect("an adapter");
             let keep_on = &mut |_| ControlFlow::Continue(());
-            let stored = WeightFormat::Stored;
-            let model = Transformer::load(gpu.clone(), &checkpoint, stored, keep_on);
+            let model = Transformer::load(gpu.clone(), &checkpoint, weights, keep_on);
             let model = Arc::new(model.expect("it loads"));
             let seen = TokenSet::new(checkpoint.config.vocabulary);
             for policy in [AttentionPolicy::dense(), AttentionPolicy::delta()] {

@@ -137,7 +137,7 @@ pub struct Session {
     decoder: Box<dyn Decoder>,
     shape: SessionShape,
     /// The whole text. The last token of a generation is not in the cache yet: it enters with the
-    /// next step.
+    /// next step, which may be on its way, see `ahead`.
     tokens: Vec<u32>,
     /// Where the last prompt ends: what stands before it is run as a prompt, what comes after it as
     /// decoding.
@@ -563,11 +563,21 @@ impl Generation<'_> {
             session.run_pending(Output::Sample(&step))?;
             session.ahead = 1;
         }
-        let wanted =
-            (1 + session.model.engine().look_ahead()).min(options.max_tokens - timings.new_tokens);
+        // The first token should not wait for what only the second one needs, such as kernels that are
+        // still being compiled.
+        let look_ahead =
+            if timings.new_tokens == 0 { 0 } else { session.model.engine().look_ahead() };
+        let wanted = (1 + look_ahead).min(options.max_tokens - timings.new_tokens);
         while session.ahead < wanted && session.decoder.length() < session.shape.context {
-            step.draw = draws.draw();
-            session.decoder.forward(Input::Sampled, Phase::Decode, Output::Sample(&step))?;
+            let mut next = draws.clone();
+            step.draw = next.draw();
+            let output = Output::Sample(&step);
+            // Where that fails, the token before it is still good: whoever asks for the one after it
+            // gets the error.
+            if session.decoder.forward(Input::Sampled, Phase::Decode, output).is_err() {
+                break;
+            }
+            *draws = next;
             session.ahead += 1;
         }
         let token = session.decoder.token()?;

@@ -35,6 +35,7 @@ impl Session {
     /// # Errors
     /// A fault of the device; [`Error::Cancelled`].
     pub(crate) fn place(&mut self) -> Result<Place> {
+        self.settle();
         let mut images = Vec::new();
         let length = self.tokens.len();
         if !self.shape.policy.is_dense() && length > 0 {

@@ -1,9 +1,7 @@
 //! What every command prints in the same way: errors, progress, bytes.
 
-use std::fs;
 use std::io::{self, IsTerminal};
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -168,11 +166,4 @@ pub fn parameters(n: u64) -> String {
         1_000_000..1_000_000_000 => format!("{:.1} M", x / 1e6),
         _ => format!("{:.2} B", x / 1e9),
     }
-}
-
-/// Writes a file that is whole or not there.
-pub fn write_whole(path: &Path, text: &str) -> Result<(), Error> {
-    let io = |source| Error::Io { path: path.to_owned(), source };
-    let part = path.with_extension("part");
-    fs::write(&part, text).and_then(|()| fs::rename(&part, path)).map_err(io)
 }

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use deltallm::backend::MatrixFormat;
 use deltallm::gpu::{GpuOptions, Measurement, Select, Tuned, Tuning, Tunings, tune};
@@ -48,6 +48,16 @@ pub fn tunings() -> Tunings {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
+    // Better said before a minute of measuring than after it.
+    let path = match path() {
+        _ if args.dry_run => None,
+        Some(path) => Some(path),
+        None => {
+            let message =
+                "this system does not say where caches are kept: only --dry-run is possible";
+            return Err(Failure::Usage(message.to_owned()));
+        }
+    };
     let cancel = Cancel::default();
     stop_on_interrupt(cancel.clone());
     let select = match args.device.as_deref() {
@@ -75,10 +85,10 @@ pub fn run(args: &Args) -> Outcome {
     } else {
         report(&mut out, &tuned)?;
     }
-    if !args.dry_run {
-        remember(&tuned)?;
+    match path {
+        Some(path) => remember(&tuned, &path),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 fn json_of(measurement: &Measurement) -> Value {
@@ -129,17 +139,13 @@ fn wrong(out: &mut impl Write, tuned: &Tuned, format: MatrixFormat) -> io::Resul
     Ok(())
 }
 
-fn remember(tuned: &Tuned) -> Outcome {
-    let Some(path) = path() else {
-        let message = "this system does not say where caches are kept: nothing is remembered";
-        return Err(Failure::Usage(message.to_owned()));
-    };
-    let folder = path.parent().unwrap_or(&path);
+fn remember(tuned: &Tuned, path: &Path) -> Outcome {
+    let folder = path.parent().unwrap_or(path);
     std::fs::create_dir_all(folder)
         .map_err(|source| Error::Io { path: folder.to_owned(), source })?;
     let mut tunings = tunings();
     tunings.insert(&tuned.device, tuned.tuning);
-    tunings.write(&path)?;
+    tunings.write(path)?;
     say!("remembered in {}", path.display());
     Ok(())
 }

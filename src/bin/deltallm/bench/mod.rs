@@ -13,7 +13,7 @@ use deltallm::bench::{Bench, BenchOptions, Event, Line};
 use deltallm::checkpoint::ModelConfig;
 use deltallm::checkpoint::synthetic::Synthetic;
 use deltallm::gpu::GpuOptions;
-use deltallm::{Cancel, ModelOptions};
+use deltallm::{Cancel, Error, ModelOptions};
 
 use crate::args::Weights;
 use crate::output::{Failure, Outcome, count_bar, load_bar, say, stop_on_interrupt};
@@ -224,11 +224,17 @@ fn one(
         say!("{reason}: using the CPU ({})", bench.device().driver);
     }
     subject.load = Some(bench.model().load_time());
-    let speed = match *read_speed {
-        Some(speed) => speed,
-        None => *read_speed.insert(bench.read_speed()?),
-    };
-    subject.read_speed = Some(speed);
+    if read_speed.is_none() {
+        *read_speed = match bench.read_speed() {
+            // Beside a large model there may be no room for what is read.
+            Err(error @ Error::DeviceMemory { .. }) => {
+                say!("{}: the speed of its memory is not measured: {error}", subject.device);
+                None
+            }
+            measured => Some(measured?),
+        };
+    }
+    subject.read_speed = *read_speed;
     let title = format!("{} {name}", subject.device);
     let bar = count_bar(Bench::tokens(options), &format!("tokens of {title}"));
     let (lines, first_token) = (&mut subject.lines, &mut subject.first_token);

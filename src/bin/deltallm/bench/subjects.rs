@@ -68,6 +68,13 @@ pub fn devices(given: &[String], options: &ModelOptions) -> Result<Vec<Device>, 
         if devices.iter().any(same) {
             continue;
         }
+        // What was found is what is measured: a model that does not fit must not run elsewhere under
+        // this name.
+        let choice = match (choice, info.kind) {
+            (DeviceChoice::Auto, DeviceKind::Cpu) => DeviceChoice::Cpu,
+            (DeviceChoice::Auto, _) => DeviceChoice::Gpu,
+            (choice, _) => choice,
+        };
         let name = short(&info, &devices);
         devices.push(Device { choice, info, name });
     }

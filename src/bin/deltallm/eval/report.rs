@@ -3,12 +3,11 @@
 use std::path::Path;
 
 use deltallm::eval::{Candidate, Estimate, Outcome, Stage, Summary, TaskKind};
-use deltallm::{Error, Model};
+use deltallm::{Error, Model, write_whole};
 use serde_json::{Value, json};
 
 use super::Work;
 use crate::cache_report::percent;
-use crate::output::write_whole;
 use crate::scatter::{Point, Scatter};
 use crate::table::{aligned, quoted};
 
