@@ -125,6 +125,7 @@ def batch(
     rows: int,
     kind: str | None = None,
     dense: float = 0.0,
+    deeds: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """One document a row: nothing of another one to be confused with, no masks. -> ids with one more
     column than `length`, and the weight of each prediction."""
@@ -132,7 +133,7 @@ def batch(
     weights = torch.zeros(rows, length + 1)
     for row in range(rows):
         while True:
-            document, w = encode(tokenizer, world.document(rng, length, kind, dense))
+            document, w = encode(tokenizer, world.document(rng, length, kind, dense, deeds))
             if len(document) <= length + 1:
                 break
         ids[row, : len(document)] = torch.tensor(document)
@@ -522,6 +523,10 @@ def main() -> None:
     parser.add_argument(
         "--from-length", type=int, default=0, help="leave out the shorter documents of the curriculum"
     )
+    parser.add_argument(
+        "--deeds", type=float, default=0.0, metavar="SHARE", help='documents only about who "she" was'
+    )
+    parser.add_argument("--to-length", type=int, default=CONTEXT, help="leave out the longer ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=float, default=5, metavar="MINUTES")
@@ -550,7 +555,7 @@ def main() -> None:
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {shape.vocabulary}"
     )
 
-    curriculum = [phase for phase in CURRICULUM if phase[0] >= args.from_length]
+    curriculum = [phase for phase in CURRICULUM if args.from_length <= phase[0] <= args.to_length]
     shares = sum(share for _, share, _, _ in curriculum)
     loss_of = model.loss if args.no_compile else torch.compile(model.loss, dynamic=False)
     muon_rate = args.rate or MUON_RATE[args.model]
@@ -583,7 +588,7 @@ def main() -> None:
         if length != before:
             average = 0.0
         rate = min((step + 1) / WARM_UP, 1.0, max(0.01, 2 * (1 - done)))
-        ids, weights = batch(rng, tokenizer, length, size // length, dense=dense)
+        ids, weights = batch(rng, tokenizer, length, size // length, dense=dense, deeds=args.deeds)
         with autocast:
             loss = loss_of(ids, weights)
         loss.backward()

@@ -669,9 +669,9 @@ def hinted(text: str) -> Iterator[tuple[str, bool]]:
     yield text[at:], False
 
 
-def dense(rng: random.Random, tokens: int) -> Document:
+def dense(rng: random.Random, tokens: int, topic: str = "") -> Document:
     """Nothing but facts, deeds or numbers, and questions about all of them."""
-    topic = rng.choices(["facts", "deeds", "numbers"], [0.4, 0.5, 0.1])[0]
+    topic = topic or rng.choices(["facts", "deeds", "numbers"], [0.4, 0.5, 0.1])[0]
     jobs = topic == "deeds" and tokens > 100 and rng.random() < 0.5
     attributes = ["age", "phone"] if topic == "numbers" else list(ATTRIBUTES)
     story = Story(rng, (tokens - 12) // 2, jobs=jobs, dense=True, attributes=attributes)
@@ -700,8 +700,13 @@ def dense(rng: random.Random, tokens: int) -> Document:
     return Document(DENSE, pieces + [(END, False)])
 
 
-def document(rng: random.Random, tokens: int, kind: str | None = None, share: float = 0.1) -> Document:
-    """A document of about this many tokens (seldom a few more). share: of dense ones."""
+def document(
+    rng: random.Random, tokens: int, kind: str | None = None, share: float = 0.1, deeds: float = 0.0
+) -> Document:
+    """A document of about this many tokens (seldom a few more). share: of dense ones; deeds: of those
+    among all that are about who "she" was, before anything else is drawn."""
+    if not kind and rng.random() < deeds:
+        return dense(rng, tokens, "deeds") if rng.random() < share else with_questions(rng, "coreference", tokens)
     if not kind:
         kind = DENSE if rng.random() < share else rng.choices(list(KINDS), list(KINDS.values()))[0]
     if kind == DENSE:

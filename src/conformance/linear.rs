@@ -12,8 +12,10 @@ use crate::reference::Reference;
 /// Tokens of a step: about where a backend may switch from matrix-vector to matrix-matrix kernels.
 const ROWS: [usize; 6] = [1, 2, 3, 5, 17, 33];
 
-/// Float weight formats: how the file stores them, and what becomes of them.
-pub(super) const FLOATS: [(&str, FloatType, fn(MatrixSource) -> MatrixSource); 5] = [
+/// A float weight format: its name, how the file stores it, and what becomes of that.
+type FloatFormat = (&'static str, FloatType, fn(MatrixSource) -> MatrixSource);
+
+pub(super) const FLOATS: [FloatFormat; 5] = [
     ("f32", FloatType::F32, |source| source),
     ("f16", FloatType::F16, |source| source),
     ("bf16", FloatType::BF16, |source| source),
@@ -26,7 +28,7 @@ pub(super) fn float_matrix(
     inputs: &mut Inputs,
     rows: usize,
     cols: usize,
-    (_, stored, target): (&str, FloatType, fn(MatrixSource) -> MatrixSource),
+    (_, stored, target): FloatFormat,
 ) -> MatrixSource {
     let mut data = Vec::with_capacity(rows * cols * stored.bytes());
     for row in 0..rows {

@@ -4,6 +4,7 @@
 //! the kernels that work on it, so that they are compiled beside the loading of weights; who needs one
 //! that is not ready waits for it, or compiles it where nobody has begun.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -110,12 +111,12 @@ impl Pipelines {
 
     /// Has kernels compiled that will be needed; returns at once.
     pub(super) fn announce(&self, kernels: impl IntoIterator<Item = Kernel>) {
-        let mut state = self.shared.state();
+        let mut guard = self.shared.state();
+        let state = &mut *guard;
         for kernel in kernels {
-            if !state.slots.contains_key(&kernel) {
-                let slot = Slot::default();
-                state.slots.insert(kernel, Arc::clone(&slot));
-                state.waiting.push_back((kernel, slot));
+            if let Entry::Vacant(entry) = state.slots.entry(kernel) {
+                let slot = entry.insert(Slot::default());
+                state.waiting.push_back((kernel, Arc::clone(slot)));
             }
         }
         while state.busy < self.max_threads.min(state.waiting.len()) {
