@@ -18,7 +18,7 @@ use super::pages::Reader;
 use super::rows::Blocks;
 use super::simd::{BLOCK, Kernel, Simd};
 use super::tensor::{Aligned, Tensor};
-use super::weights::{Float16, Float32, Row};
+use super::weights::{Float16, Float32, Row, Weight};
 use super::{Machine, Scratch};
 use crate::backend::AttentionShape;
 use crate::delta::{ExactRule, Phase};
@@ -28,6 +28,10 @@ const KEYS: usize = BLOCK;
 
 /// Query rows of a task, about: tokens times query heads of a group.
 const QUERIES: usize = 32;
+
+/// Query rows of a task up to which keys and values are multiplied where they lie: more are worth
+/// decoding a block first.
+const DIRECT: usize = 8;
 
 /// Keys of the shortest segment that is worth a task.
 const SEGMENT: usize = 256;
@@ -223,25 +227,32 @@ impl Kernel for Attend<'_> {
         let end = ((segment + 1) * plan.segment).min(plan.position + first + tokens);
         for start in (segment * plan.segment..end).step_by(KEYS) {
             let count = KEYS.min(end - start);
-            let both = source.read(simd, start..start + count, state, keys, approximate);
-            match &cache.values {
-                Values::Plain(store) => {
-                    let row = kv_head * cache.context + start;
-                    decode(simd, store, row, count, head_dim, values);
+            let direct = queries <= DIRECT && count == KEYS && head_dim.is_multiple_of(BLOCK);
+            let row = kv_head * cache.context + start;
+            let rows = row * head_dim..(row + KEYS) * head_dim;
+            match &cache.keys {
+                Keys::Plain(Store::F16(all)) if direct => {
+                    scores_of::<S, Float16>(simd, query, raw(&all[rows.clone()]), blocks, weights);
                 }
-                Values::Quantised(all) => all.decode(simd, kv_head, start, count, values),
-            }
-            // What is not there has weight zero, and must not be NaN.
-            keys[count * blocks..].fill([0.0; BLOCK]);
-            values[count * blocks..].fill([0.0; BLOCK]);
-            scores_of(simd, query, keys, blocks, weights);
-            if !both.is_empty() {
-                scores_of(simd, query, approximate, blocks, other_weights);
-                for (i, (weights, other)) in weights.iter_mut().zip(&*other_weights).enumerate() {
-                    let window = plan.rule.start(plan.position + first + i / group);
-                    let end = both.end.min(window.saturating_sub(start));
-                    let far = both.start..end.max(both.start);
-                    weights[far.clone()].copy_from_slice(&other[far]);
+                Keys::Plain(Store::F32(all)) if direct => {
+                    scores_of::<S, Float32>(simd, query, raw(&all[rows.clone()]), blocks, weights);
+                }
+                _ => {
+                    let both = source.read(simd, start..start + count, state, keys, approximate);
+                    // What is not there has weight zero, and must not be NaN.
+                    keys[count * blocks..].fill([0.0; BLOCK]);
+                    scores_of::<S, Float32>(simd, query, raw(keys), blocks, weights);
+                    if !both.is_empty() {
+                        let approximate = raw(approximate);
+                        scores_of::<S, Float32>(simd, query, approximate, blocks, other_weights);
+                        let pairs = weights.iter_mut().zip(&*other_weights).enumerate();
+                        for (i, (weights, other)) in pairs {
+                            let window = plan.rule.start(plan.position + first + i / group);
+                            let end = both.end.min(window.saturating_sub(start));
+                            let far = both.start..end.max(both.start);
+                            weights[far.clone()].copy_from_slice(&other[far]);
+                        }
+                    }
                 }
             }
             for i in 0..queries {
@@ -259,10 +270,23 @@ impl Kernel for Attend<'_> {
                     }
                 }
             }
-            if S::LANES >= 16 {
-                add_values::<S, 4>(simd, weights, values, count, blocks, sums);
-            } else {
-                add_values::<S, 2>(simd, weights, values, count, blocks, sums);
+            match &cache.values {
+                Values::Plain(Store::F16(all)) if direct => {
+                    add_values_of::<S, Float16>(simd, weights, raw(&all[rows]), blocks, sums);
+                }
+                Values::Plain(Store::F32(all)) if direct => {
+                    add_values_of::<S, Float32>(simd, weights, raw(&all[rows]), blocks, sums);
+                }
+                all => {
+                    match all {
+                        Values::Plain(store) => {
+                            decode(simd, store, row, count, head_dim, values);
+                        }
+                        Values::Quantised(all) => all.decode(simd, kv_head, start, count, values),
+                    }
+                    let values = raw(&values[..count * blocks]);
+                    add_values_of::<S, Float32>(simd, weights, values, blocks, sums);
+                }
             }
         }
         for (result, sums) in
@@ -368,28 +392,34 @@ fn decode<S: Simd>(
     }
 }
 
+/// Rows as blocks of encoded columns.
+#[inline(always)]
+fn raw<T: bytemuck::Pod, const BYTES: usize>(rows: &[T]) -> &[[u8; BYTES]] {
+    bytemuck::cast_slice::<T, u8>(rows).as_chunks().0
+}
+
 /// Scores of all queries with all keys, in tiles that suit the registers.
 #[inline(always)]
-fn scores_of<S: Simd>(
+fn scores_of<S: Simd, W: Weight>(
     simd: S,
     query: &[Block],
-    keys: &[Block],
+    keys: &[W::Raw],
     blocks: usize,
     weights: &mut [Block],
 ) {
     if S::TILE >= 4 {
-        scores::<S, 4>(simd, query, keys, blocks, weights);
+        scores::<S, W, 4>(simd, query, keys, blocks, weights);
     } else {
-        scores::<S, 2>(simd, query, keys, blocks, weights);
+        scores::<S, W, 2>(simd, query, keys, blocks, weights);
     }
 }
 
 /// Scores of all queries `[padded, blocks]` with all keys `[KEYS, blocks]`, `Q` times four at once.
 #[inline(always)]
-fn scores<S: Simd, const Q: usize>(
+fn scores<S: Simd, W: Weight, const Q: usize>(
     simd: S,
     query: &[Block],
-    keys: &[Block],
+    keys: &[W::Raw],
     blocks: usize,
     scores: &mut [Block],
 ) {
@@ -402,7 +432,7 @@ fn scores<S: Simd, const Q: usize>(
                 for i in 0..BLOCK / S::LANES {
                     let mut k = [simd.splat(0.0); 4];
                     for j in 0..4 {
-                        k[j] = simd.load(&keys[j][block], i);
+                        k[j] = W::load(simd, &keys[j][block], 0, i);
                     }
                     for q in 0..Q {
                         let query = simd.load(&query[q][block], i);
@@ -451,38 +481,61 @@ fn soften<S: Simd>(simd: S, scores: &mut Block, seen: usize, result: &mut Block)
     rescale
 }
 
-/// Adds weights `[padded, KEYS]` times values `[KEYS, blocks]` to sums `[padded, blocks]`, `Q`
-/// queries at once.
+/// Adds weights `[padded, KEYS]` times values `[count, blocks]` to sums `[padded, blocks]`.
 #[inline(always)]
-fn add_values<S: Simd, const Q: usize>(
+fn add_values_of<S: Simd, W: Weight>(
     simd: S,
     weights: &[Block],
-    values: &[Block],
-    count: usize,
+    values: &[W::Raw],
+    blocks: usize,
+    sums: &mut [Block],
+) {
+    if S::LANES < 16 {
+        add_values::<S, W, 2, 1>(simd, weights, values, blocks, sums);
+    } else if blocks.is_multiple_of(2) {
+        add_values::<S, W, 4, 2>(simd, weights, values, blocks, sums);
+    } else {
+        add_values::<S, W, 4, 1>(simd, weights, values, blocks, sums);
+    }
+}
+
+/// The same, for `Q` queries and `B` blocks at once.
+#[inline(always)]
+fn add_values<S: Simd, W: Weight, const Q: usize, const B: usize>(
+    simd: S,
+    weights: &[Block],
+    values: &[W::Raw],
     blocks: usize,
     sums: &mut [Block],
 ) {
     for (weights, sums) in weights.chunks_exact(Q).zip(sums.chunks_exact_mut(Q * blocks)) {
         let weights: [_; Q] = std::array::from_fn(|q| &weights[q]);
-        for block in 0..blocks {
-            let mut added = [[simd.splat(0.0); 8]; Q];
+        for first in (0..blocks).step_by(B) {
+            let mut added = [[[simd.splat(0.0); 8]; B]; Q];
             for q in 0..Q {
-                for i in 0..BLOCK / S::LANES {
-                    added[q][i] = simd.load(&sums[q * blocks + block], i);
+                for b in 0..B {
+                    for i in 0..BLOCK / S::LANES {
+                        added[q][b][i] = simd.load(&sums[q * blocks + first + b], i);
+                    }
                 }
             }
-            for key in 0..count.min(KEYS) {
-                let value = &values[key * blocks + block];
-                for i in 0..BLOCK / S::LANES {
-                    let v = simd.load(value, i);
-                    for q in 0..Q {
-                        added[q][i] = simd.fma(simd.splat(weights[q][key]), v, added[q][i]);
+            for (key, values) in values.chunks_exact(blocks).take(KEYS).enumerate() {
+                let values = &values[first..][..B];
+                for b in 0..B {
+                    for i in 0..BLOCK / S::LANES {
+                        let v = W::load(simd, &values[b], 0, i);
+                        for q in 0..Q {
+                            let weight = simd.splat(weights[q][key]);
+                            added[q][b][i] = simd.fma(weight, v, added[q][b][i]);
+                        }
                     }
                 }
             }
             for q in 0..Q {
-                for i in 0..BLOCK / S::LANES {
-                    simd.store(&mut sums[q * blocks + block], i, added[q][i]);
+                for b in 0..B {
+                    for i in 0..BLOCK / S::LANES {
+                        simd.store(&mut sums[q * blocks + first + b], i, added[q][b][i]);
+                    }
                 }
             }
         }
