@@ -302,6 +302,50 @@ fn a_buffer_over_the_limits_is_refused_with_figures() {
     assert_eq!(product(&gpu, &weight, 1, false).len(), 3);
 }
 
+/// Several steps on their way, more than once around the ring of what is read back.
+#[test]
+fn tokens_come_in_order_and_nan_is_told_in_its_place() {
+    let (gpu, vocabulary) = (open(any()), 40);
+    let logits = |best: usize, value: f32| {
+        let mut tensor = gpu.tensor(1, vocabulary, TensorFormat::F32).unwrap();
+        let mut logits = vec![0.0; vocabulary];
+        logits[best] = value;
+        gpu.write(&mut tensor, &logits).unwrap();
+        tensor
+    };
+    let (five, nan, seven) = (logits(5, 2.0), logits(1, f32::NAN), logits(7, 3.0));
+    let seen = TokenSet::new(vocabulary);
+    let step = SampleStep {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        seen: &seen,
+        draw: 0.5,
+    };
+    let mut stream = gpu.stream(&stream_shape(2, 8, vocabulary)).unwrap();
+    let sampled = |position| Step { input: Input::Sampled, position, phase: Phase::Decode };
+    assert!(stream.begin(&sampled(0)).is_err(), "nothing was sampled");
+    for _ in 0..3 {
+        for (position, logits) in [&five, &nan, &seven].into_iter().enumerate() {
+            match position {
+                0 => stream.begin(&step_of(&[1], position)).unwrap(),
+                _ => stream.begin(&sampled(position)).unwrap(),
+            }
+            stream.sample(logits, &step).unwrap();
+            stream.submit().unwrap();
+        }
+        assert_eq!(stream.token().unwrap(), 5);
+        assert!(matches!(stream.token(), Err(Error::NotFinite { .. })));
+        assert_eq!(stream.token().unwrap(), 7);
+        assert!(matches!(stream.token(), Err(Error::Device { .. })), "all were read");
+    }
+    stream.begin(&step_of(&[1], 0)).unwrap();
+    let taken = (0..9).take_while(|_| stream.sample(&five, &step).is_ok()).count();
+    assert_eq!(taken, 4, "a host that never reads is told");
+}
+
 #[test]
 fn shapes_that_do_not_fit_are_errors() {
     let gpu = open(any());

@@ -54,6 +54,15 @@ def test_evaluation_sets() -> None:
 
 
 @torch.no_grad()
+def test_packing() -> None:
+    tensors = train.Model(train.Shape(100, bitnet=True)).state_dict()
+    again = train.unpacked(train.packed(tensors))
+    for name in (name for name in tensors if name.endswith("_proj.weight")):
+        (trits, scale), (same, close) = train.ternary(tensors[name]), train.ternary(again[name])
+        assert torch.equal(trits, same) and abs(scale - close) < 0.01 * scale, name
+
+
+@torch.no_grad()
 def test_against_transformers(tokenizer, folder: Path) -> None:
     ids = torch.randint(3, 1000, (1, 70), generator=torch.Generator().manual_seed(0))
     for bitnet in [False, True]:
@@ -82,6 +91,7 @@ def main() -> None:
     tokenizer = train.train_tokenizer()
     test_documents(tokenizer)
     test_evaluation_sets()
+    test_packing()
     with tempfile.TemporaryDirectory() as folder:
         test_against_transformers(tokenizer, Path(folder))
     print("all well")

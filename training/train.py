@@ -360,8 +360,9 @@ def unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     result = {}
     for name, tensor in tensors.items():
         if tensor.dtype == torch.uint8:
-            fields = torch.cat([tensor >> shift & 3 for shift in (0, 2, 4, 6)])
-            result[name] = (fields.float() - 1) * tensors[name + "_scale"].float()
+            trits = torch.cat([tensor >> shift & 3 for shift in (0, 2, 4, 6)]).float() - 1
+            # So that the mean of the magnitudes, zeros included, is the scale again.
+            result[name] = trits * tensors[name + "_scale"].float() / trits.abs().mean()
         elif not name.endswith("_scale"):
             result[name] = tensor.float()
     return result
