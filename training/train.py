@@ -41,6 +41,8 @@ CURRICULUM = [
     (512, 0.15, 8192, 0.3),
     (1024, 0.10, 8192, 0.3),
 ]
+# Of the steps after --init: those of any length of the curriculum, so that none is forgotten.
+REPEATED = 0.35
 ANSWER_WEIGHT = 4.0
 WARM_UP = 40  # steps
 MUON_RATE = {"llama": 0.012, "bitnet": 0.01}
@@ -588,8 +590,12 @@ def main() -> None:
                 break
         if length != before:
             average = 0.0
+        width = length
+        if args.init and rng.random() < REPEATED:
+            often = [part / size for _, part, size, _ in curriculum]
+            width, _, size, dense = rng.choices(curriculum, often)[0]
         rate = min((step + 1) / WARM_UP, 1.0, max(0.01, 2 * (1 - done)))
-        ids, weights = batch(rng, tokenizer, length, size // length, dense=dense, deeds=args.deeds)
+        ids, weights = batch(rng, tokenizer, width, size // width, dense=dense, deeds=args.deeds)
         with autocast:
             loss = loss_of(ids, weights)
         loss.backward()
