@@ -206,6 +206,23 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// was not announced is made ready when it is needed.
     fn announce(&self, _plan: &ModelPlan) {}
 
+    /// Makes sure that the device gets such a model right, but for its attention: where drivers are
+    /// not to be trusted, it is asked for answers that are known.
+    ///
+    /// # Errors
+    /// [`Error::WrongResults`](crate::Error::WrongResults) where it does not.
+    fn vouch_for_model(&self, _plan: &ModelPlan) -> Result<()> {
+        Ok(())
+    }
+
+    /// The same of attention.
+    ///
+    /// # Errors
+    /// As [`Backend::vouch_for_model`].
+    fn vouch_for_attention(&self, _head_dim: usize, _policy: &AttentionPolicy) -> Result<()> {
+        Ok(())
+    }
+
     /// Brings matrices that share their input width to the device, stacked in the order given.
     ///
     /// All are of one [`MatrixFormat`]. They are read in bounded pieces: host memory grows by

@@ -167,6 +167,19 @@ pub enum Error {
         /// What the driver said.
         message: String,
     },
+    /// The device computes something wrongly, and so it does in every way that we know.
+    #[error(
+        "{device}: {operation} is computed wrongly by the driver ({case}): the CPU has to do, and \
+         `deltallm doctor` shows what to report"
+    )]
+    WrongResults {
+        /// The device.
+        device: String,
+        /// The operation.
+        operation: &'static str,
+        /// What was asked, and how far the answer was off.
+        case: String,
+    },
     /// The device went away: it was reset, unplugged, or its driver stopped.
     #[error("{device}: the device was lost: {message}")]
     DeviceLost {

@@ -36,6 +36,7 @@
 //! - [`eval`] measures what a policy does to a model's accuracy.
 //! - [`gpu`], [`cpu`] and [`mod@reference`] each implement them. [`mod@reference`] is slow and plain: read
 //!   it to know what an operation does. [`conformance`] holds the other two against it.
+//! - [`mod@bisect`] finds the operation that a driver gets wrong.
 //! - [`mod@bench`] asks how fast a model runs, and how much of the memory's bandwidth it uses.
 //! - [`eval`] asks what a policy costs: tasks, their metrics with standard errors, and the divergence
 //!   from dense attention.
@@ -60,6 +61,7 @@
 
 pub mod backend;
 pub mod bench;
+pub mod bisect;
 #[cfg(feature = "chat")]
 pub mod chat;
 pub mod checkpoint;

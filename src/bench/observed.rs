@@ -190,6 +190,14 @@ impl<B: Backend> Backend for Observed<B> {
         self.inner.announce(plan);
     }
 
+    fn vouch_for_model(&self, plan: &ModelPlan) -> Result<()> {
+        self.inner.vouch_for_model(plan)
+    }
+
+    fn vouch_for_attention(&self, head_dim: usize, policy: &AttentionPolicy) -> Result<()> {
+        self.inner.vouch_for_attention(head_dim, policy)
+    }
+
     fn linear(&self, stack: &[MatrixSource]) -> Result<Self::Linear> {
         let inner = self.inner.linear(stack)?;
         let rows = stack.iter().map(MatrixSource::rows).sum();

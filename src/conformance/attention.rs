@@ -13,6 +13,26 @@ use crate::delta::AttentionPolicy;
 use crate::error::Result;
 use crate::reference::Reference;
 
+/// Plain keys that are turned by real angles, of inputs below 2.
+pub(super) fn rope_append_of<B: Backend>(backend: &B, case: &Case) -> Result<[Check; 2]> {
+    let (got, want) = (case.run(backend)?, case.run(&Reference::new())?);
+    // Two products and their sum: each element is within 3 u of |x cos| + |y sin|, which is at most
+    // |x| + |y|.
+    let name = format!("{}, queries", case.name);
+    let tolerance = |_| 3.0 * U * 4.0;
+    let queries = compare("rope_append", name, &got.queries, &want.queries, tolerance);
+    // Keys have that error, too. In F16 each of them may round the other way, though few will: one
+    // unit in the last place, 2^-10.
+    let rounding = match case.policy.exact {
+        CacheFormat::F32 => 0.0,
+        CacheFormat::F16 => 1.0 / 1024.0,
+    };
+    let bound = case.bound(2.0 * 6.0 * U + rounding, &want.pages)?;
+    let name = format!("{}, keys", case.name);
+    let keys = compare("rope_append", name, &got.attention, &want.attention, |i| bound[i]);
+    Ok([queries, keys])
+}
+
 pub(super) fn rope_append<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let mut checks = Vec::new();
     let mut inputs = Inputs::new(6);
@@ -39,22 +59,7 @@ pub(super) fn rope_append<B: Backend>(backend: &B) -> Result<Vec<Check>> {
                 qkv: inputs.floats(tokens * shape.qkv_width(), 2.0),
                 steps: decoding(&steps),
             };
-            let (got, want) = (case.run(backend)?, case.run(&Reference::new())?);
-            // Two products and their sum: each element is within 3 u of |x cos| + |y sin|, which
-            // is at most |x| + |y|, of inputs below 2.
-            let name = format!("{}, queries", case.name);
-            let tolerance = |_| 3.0 * U * 4.0;
-            checks.push(compare("rope_append", name, &got.queries, &want.queries, tolerance));
-            // Keys have that error, too. In F16 each of them may round the other way, though few
-            // will: one unit in the last place, 2^-10.
-            let rounding = match format {
-                CacheFormat::F32 => 0.0,
-                CacheFormat::F16 => 1.0 / 1024.0,
-            };
-            let bound = case.bound(2.0 * 6.0 * U + rounding, &want.pages)?;
-            let name = format!("{}, keys", case.name);
-            let (got, want) = (&got.attention, &want.attention);
-            checks.push(compare("rope_append", name, got, want, |i| bound[i]));
+            checks.extend(rope_append_of(backend, &case)?);
         }
     }
     checks.extend(compressed::rope_append(backend)?);
@@ -101,12 +106,7 @@ pub(super) fn attention<B: Backend>(backend: &B) -> Result<Vec<Check>> {
                     qkv,
                     steps: decoding(&steps),
                 };
-                let (got, want) = (case.run(backend)?, case.run(&Reference::new())?);
-                let name = format!("{}, queries", case.name);
-                checks.push(compare("rope_append", name, &got.queries, &want.queries, |_| 0.0));
-                let bound = case.bound(0.0, &want.pages)?;
-                let (got, want) = (&got.attention, &want.attention);
-                checks.push(compare("attention", case.name, got, want, |i| bound[i]));
+                checks.extend(attention_of(backend, case)?);
             }
         }
     }
@@ -114,6 +114,16 @@ pub(super) fn attention<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     checks.extend(chunks_do_not_matter(backend)?);
     checks.extend(compressed::attention(backend)?);
     Ok(checks)
+}
+
+/// Attention over plain keys that are turned by quarters, and whether they are.
+pub(super) fn attention_of<B: Backend>(backend: &B, case: Case) -> Result<[Check; 2]> {
+    let (got, want) = (case.run(backend)?, case.run(&Reference::new())?);
+    let name = format!("{}, queries", case.name);
+    let queries = compare("rope_append", name, &got.queries, &want.queries, |_| 0.0);
+    let bound = case.bound(0.0, &want.pages)?;
+    let (got, want) = (&got.attention, &want.attention);
+    Ok([queries, compare("attention", case.name, got, want, |i| bound[i])])
 }
 
 /// Attention over values of 1 is 1.

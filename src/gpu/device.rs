@@ -1,5 +1,6 @@
 //! Which adapters there are, how one is chosen and opened, and how its failures become errors.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -7,6 +8,8 @@ use std::time::Duration;
 use super::buffer::Buffer;
 use super::pipeline::Pipeline;
 use super::pipelines::Pipelines;
+use super::sabotage::Sabotage;
+use super::self_test::SelfTest;
 use super::shader::{Abilities, Kernel};
 use super::tuning::{Tuning, Tunings};
 use crate::backend::{DeviceInfo, DeviceKind};
@@ -47,6 +50,15 @@ pub struct GpuOptions {
     pub max_matrix_block: Option<u64>,
     /// What was found out about devices.
     pub tunings: Tunings,
+    /// Multiply packed 8-bit integers by `dot4I8Packed`.
+    pub packed_dot: bool,
+    /// Whether a model and a session first ask the device for answers that are known, and what
+    /// becomes of a kernel that gives a wrong one: see [`Findings`](super::Findings).
+    pub self_test: bool,
+    /// The file in which self-tests are remembered from process to process.
+    pub findings: Option<PathBuf>,
+    /// Kernels that are broken on purpose. For tests.
+    pub sabotage: Sabotage,
 }
 
 impl Default for GpuOptions {
@@ -59,6 +71,10 @@ impl Default for GpuOptions {
             timestamps: false,
             max_matrix_block: None,
             tunings: Tunings::default(),
+            packed_dot: true,
+            self_test: true,
+            findings: None,
+            sabotage: Sabotage::default(),
         }
     }
 }
@@ -182,6 +198,8 @@ pub(super) struct Device {
     failure: Arc<Mutex<Option<Failure>>>,
     pub pipelines: Pipelines,
     pub tuning: Tuning,
+    pub abilities: Abilities,
+    pub self_test: SelfTest,
 }
 
 impl Device {
@@ -222,12 +240,8 @@ impl Device {
         let abilities = Abilities {
             f16: features.contains(wgpu::Features::SHADER_F16),
             subgroups: features.contains(wgpu::Features::SUBGROUP),
+            packed_dot: options.packed_dot,
         };
-        let compiler = raw.clone();
-        let pipelines = Pipelines::new(move |kernel| {
-            scoped(&compiler, || Pipeline::new(&compiler, kernel, abilities))
-                .map_err(|error| error.to_string())
-        });
         let mut names = Vec::new();
         names.extend(abilities.f16.then(|| "f16".to_owned()));
         names.extend(abilities.subgroups.then(|| "subgroups".to_owned()));
@@ -241,6 +255,12 @@ impl Device {
         let tuning = options.tunings.of(&info).copied();
         let tuning = tuning.unwrap_or_else(|| Tuning::default_of(info.kind));
         tuning.check()?;
+        let self_test = SelfTest::new(options, &info, &tuning);
+        let (compiler, sabotage) = (raw.clone(), options.sabotage.clone());
+        let pipelines = Pipelines::new(abilities, self_test.plainer(), move |kernel, abilities| {
+            scoped(&compiler, || Pipeline::new(&compiler, kernel, abilities, &sabotage))
+                .map_err(|error| error.to_string())
+        });
         let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         Ok(Self {
             raw,
@@ -254,6 +274,8 @@ impl Device {
             failure,
             pipelines,
             tuning,
+            abilities,
+            self_test,
         })
     }
 

@@ -28,7 +28,7 @@ use crate::gpu::GpuOptions;
 use crate::reference::Reference;
 use crate::sampler::SampleStep;
 use crate::tokenizer::Tokenizer;
-use transformer::Transformer;
+pub(crate) use transformer::Transformer;
 
 /// How far a model has been loaded.
 #[derive(Clone, Copy, Debug)]
@@ -132,13 +132,18 @@ impl Model {
             device::Opened::Gpu(gpu) => {
                 let name = gpu.device().name.clone();
                 match load(gpu, &checkpoint, weights, observer, &mut progress) {
-                    // A GPU that was not asked for by name, and that cannot hold the model, is no
-                    // reason to give up.
-                    Err(error @ (Error::DeviceMemory { .. } | Error::DeviceLimit { .. }))
-                        if options.device == DeviceChoice::Auto =>
-                    {
+                    // A GPU that was not asked for by name, and that cannot hold the model or
+                    // computes nonsense, is no reason to give up.
+                    Err(
+                        error @ (Error::DeviceMemory { .. }
+                        | Error::DeviceLimit { .. }
+                        | Error::WrongResults { .. }),
+                    ) if options.device == DeviceChoice::Auto => {
                         log::warn!("{name}: {error}");
-                        fallback = Some(format!("the model does not fit on the GPU ({error})"));
+                        fallback = Some(match error {
+                            Error::WrongResults { .. } => format!("the GPU is wrong ({error})"),
+                            _ => format!("the model does not fit on the GPU ({error})"),
+                        });
                         let cpu = Cpu::new(options.threads)?;
                         load(cpu, &checkpoint, weights, observer, &mut progress)?
                     }

@@ -162,7 +162,8 @@ impl<B: Backend> Transformer<B> {
             done: LoadProgress { bytes: 0, total: checkpoint.tensors.total_bytes() },
             progress,
         };
-        backend.announce(&loader.plan()?);
+        let plan = loader.plan()?;
+        backend.announce(&plan);
         let ModelConfig { vocabulary, hidden, .. } = checkpoint.config;
         let embedding = loader.float("model.embed_tokens", vocabulary, hidden)?;
         let layers = (0..checkpoint.config.layers)
@@ -176,6 +177,7 @@ impl<B: Backend> Transformer<B> {
         };
         checkpoint.tensors.check_all_used()?;
         loader.finish()?;
+        backend.vouch_for_model(&plan)?;
         let config = checkpoint.config.clone();
         Ok(Self { backend, config, embedding, layers, final_norm, head })
     }
@@ -254,6 +256,7 @@ impl<B: Backend> super::Engine for Transformer<B> {
     fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>> {
         let ModelConfig { attention, vocabulary, layers, .. } = self.config;
         self.backend.check_rope(shape.context, attention.head_dim)?;
+        self.backend.vouch_for_attention(attention.head_dim, &shape.policy)?;
         let plan =
             super::plan_memory(&self.config, 4, WeightFormat::Stored, shape.context, &shape.policy);
         let (what, needed) = if self.backend.device().kind == DeviceKind::Cpu {
