@@ -6,7 +6,7 @@
 //! judged on rotations by quarter turns, which are exact, and on keys and values that an F16
 //! cache holds exactly: what differs then is attention alone.
 
-use super::caches::{Case, angles, decoding, quarter_turns, shape};
+use super::caches::{Case, angles, decoding, prompt_then_decode, quarter_turns, shape};
 use super::{Check, Inputs, U, compare, compressed};
 use crate::backend::{Backend, CacheFormat};
 use crate::delta::AttentionPolicy;
@@ -111,6 +111,7 @@ pub(super) fn attention<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         }
     }
     checks.extend(weights_sum_to_one(backend)?);
+    checks.extend(nothing_broken_is_mended(backend)?);
     checks.extend(chunks_do_not_matter(backend)?);
     checks.extend(compressed::attention(backend)?);
     Ok(checks)
@@ -143,6 +144,29 @@ fn weights_sum_to_one<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let want = vec![1.0; 6 * shape.width()];
     let tolerance = |_| 4.0 * tokens as f64 * U;
     Ok(vec![compare("attention", "weights sum to one".into(), &got, &want, tolerance)])
+}
+
+/// One element of one value is not finite: no token that sees it may come out as if nothing were.
+fn nothing_broken_is_mended<B: Backend>(backend: &B) -> Result<Vec<Check>> {
+    let shape = shape(4, 2, 64);
+    let mut checks = Vec::new();
+    for policy in ["dense", "dense values=int8", "dense values=int4", "delta values=int4 page=16"] {
+        for broken in [f32::NAN, f32::INFINITY] {
+            let steps = prompt_then_decode(&[40], &[1]);
+            let policy: AttentionPolicy = policy.parse().expect("a policy of the table");
+            let mut case = compressed::case(&mut Inputs::new(17), shape, policy, steps);
+            // Of the first KV head, which query heads 0 and 1 read.
+            let value = (shape.heads + shape.kv_heads) * shape.head_dim;
+            case.qkv[3 * shape.qkv_width() + value + 5] = broken;
+            let attention = case.run(backend)?.attention;
+            let mut later = attention.chunks_exact(shape.width()).skip(3);
+            let pass = later.all(|row| row[..2 * shape.head_dim].iter().any(|x| !x.is_finite()));
+            let case = format!("{broken} in a value, {policy}");
+            let error = if pass { 0.0 } else { 1.0 };
+            checks.push(Check { operation: "attention", case, error, tolerance: 0.0, pass });
+        }
+    }
+    Ok(checks)
 }
 
 /// A prompt at once, in chunks, and token by token is the same.
