@@ -1,50 +1,48 @@
 //! Causal attention by online softmax.
 //!
 //! A task is one KV head, a few tokens, and a segment of the sequence: all query heads of the
-//! group times the tokens pass by each block of keys and values, which is read and decoded once.
+//! group times the tokens pass by each block of keys and values. Many queries pass by a block that
+//! is decoded first ([`Decoded`]); for a few, as in decoding, that would take longer than the
+//! products themselves, and they multiply what is there as it lies ([`InPlace`]).
+//!
 //! Where heads and tokens are too few to keep all threads busy, as in decoding, the sequence is cut
 //! into segments, the results of which are merged in the end; see Flash-Decoding
 //! (<https://crfm.stanford.edu/2023/10/12/flashdecoding.html>), after FlashAttention
 //! (<https://arxiv.org/abs/2205.14135>).
 //!
 //! Where keys are compressed, a block holds original keys and such that pages stand for, side by
-//! side. Which of the two a query sees depends on the query only where a window begins: keys
-//! there are scored as both, and each query takes its own.
+//! side.
 
 use std::ops::Range;
 
-use super::cache::{Cache, Compressed, Keys, Store, Values};
-use super::pages::Reader;
+use super::attention_decoded::Decoded;
+use super::attention_in_place::InPlace;
+use super::cache::{Cache, Keys};
 use super::rows::Blocks;
 use super::simd::{BLOCK, Kernel, Simd};
 use super::tensor::{Aligned, Tensor};
-use super::weights::{Float16, Float32, Row, Weight};
 use super::{Machine, Scratch};
 use crate::backend::AttentionShape;
 use crate::delta::{ExactRule, Phase};
 
 /// Keys that are looked at together: their scores are a block.
-const KEYS: usize = BLOCK;
+pub(super) const KEYS: usize = BLOCK;
 
 /// Query rows of a task, about: tokens times query heads of a group.
 const QUERIES: usize = 32;
 
-/// Query rows of a task up to which keys and values are multiplied where they lie: more are worth
-/// decoding a block first.
-const DIRECT: usize = 8;
-
 /// Keys of the shortest segment that is worth a task.
 const SEGMENT: usize = 256;
 
-type Block = [f32; BLOCK];
+pub(super) type Block = [f32; BLOCK];
 
 /// How the work is cut.
-struct Plan {
-    shape: AttentionShape,
+pub(super) struct Plan {
+    pub(super) shape: AttentionShape,
     /// Which keys a query sees exactly.
-    rule: ExactRule,
+    pub(super) rule: ExactRule,
     /// Position of the first token.
-    position: usize,
+    pub(super) position: usize,
     /// Tokens of the step.
     rows: usize,
     /// Tokens of a task.
@@ -74,12 +72,12 @@ impl Plan {
     }
 
     /// Query heads that share a KV head.
-    fn group(&self) -> usize {
+    pub(super) fn group(&self) -> usize {
         self.shape.heads / self.shape.kv_heads
     }
 
     /// Blocks of a head.
-    fn blocks(&self) -> usize {
+    pub(super) fn blocks(&self) -> usize {
         self.shape.head_dim.div_ceil(BLOCK)
     }
 
@@ -118,13 +116,10 @@ pub(super) fn attention(
         let (task, segment) = (task / plan.segments, task % plan.segments);
         let (tokens, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
         let first = tokens * plan.tokens;
+        let tokens = plan.tokens.min(plan.rows - first);
         machine.level.run(Attend {
-            plan: &plan,
+            task: Task { plan: &plan, cache, kv_head, first, tokens },
             qkv,
-            cache,
-            kv_head,
-            first,
-            tokens: plan.tokens.min(plan.rows - first),
             segment,
             scratch: &mut scratch.of(worker),
             results,
@@ -167,15 +162,65 @@ fn merge<'a>(parts: impl Iterator<Item = &'a [Block]> + Clone, out: &mut [f32]) 
     }
 }
 
-/// One task.
-struct Attend<'a> {
-    plan: &'a Plan,
-    qkv: &'a Tensor,
-    cache: &'a Cache,
-    kv_head: usize,
+/// What a task is about, but for the segment.
+#[derive(Clone, Copy)]
+pub(super) struct Task<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) cache: &'a Cache,
+    pub(super) kv_head: usize,
     /// The first token, and how many there are.
-    first: usize,
-    tokens: usize,
+    pub(super) first: usize,
+    pub(super) tokens: usize,
+}
+
+impl Task<'_> {
+    /// Where the windows of its first and last token begin, behind the sink: what lies between the
+    /// two, some of its queries see exactly and others do not.
+    pub(super) fn windows(&self) -> Range<usize> {
+        let Self { plan, first, tokens, .. } = *self;
+        let start = |n: usize| plan.rule.start(plan.position + n).max(plan.rule.sink);
+        start(first)..start(first + tokens - 1)
+    }
+
+    /// How many queries it has.
+    pub(super) fn queries(&self) -> usize {
+        self.tokens * self.plan.group()
+    }
+
+    /// The same with those of zeros that fill up the last four: kernels take four at once.
+    pub(super) fn padded(&self) -> usize {
+        self.queries().next_multiple_of(4)
+    }
+}
+
+/// How the queries of a task meet keys and values. Methods are `#[inline(always)]`.
+pub(super) trait Products {
+    /// Writes the products of all queries `[padded, blocks]` with the keys at `positions`, at most
+    /// [`KEYS`] from a multiple of that on, into the first of `scores` `[padded]`.
+    fn scores<S: Simd>(
+        &mut self,
+        simd: S,
+        positions: Range<usize>,
+        query: &[Block],
+        scores: &mut [Block],
+    );
+
+    /// Adds `weights` `[padded]` times the values at `positions` to `sums` `[padded, blocks + 1]`;
+    /// what goes to all elements alike may go to the last block, each lane of it. The weights are
+    /// not needed any more.
+    fn add_values<S: Simd>(
+        &mut self,
+        simd: S,
+        positions: Range<usize>,
+        weights: &mut [Block],
+        sums: &mut [Block],
+    );
+}
+
+/// One task and segment.
+struct Attend<'a> {
+    task: Task<'a>,
+    qkv: &'a Tensor,
     segment: usize,
     scratch: &'a mut Aligned<f32>,
     /// [`Plan::result`] blocks for each token and head of the group.
@@ -187,265 +232,91 @@ impl Kernel for Attend<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { plan, qkv, cache, kv_head, first, tokens, segment, scratch, results } = self;
-        let (blocks, group) = (plan.blocks(), plan.group());
-        let head_dim = plan.shape.head_dim;
-        let queries = tokens * group;
-        // Tiles have four queries.
-        let padded = queries.next_multiple_of(4);
-
-        let state = Reader::state(blocks);
-        scratch.grow((2 * padded * blocks + 3 * KEYS * blocks + state + 2 * padded) * BLOCK);
+        let Self { task, qkv, segment, scratch, results } = self;
+        let (padded, blocks) = (task.padded(), task.plan.blocks());
+        let in_place = InPlace::suits(&task);
+        let own = if in_place { InPlace::memory(&task) } else { Decoded::memory(&task) };
+        scratch.grow((padded * (2 * blocks + 2) + own) * BLOCK);
         let (query, rest) = scratch.as_chunks_mut::<BLOCK>().0.split_at_mut(padded * blocks);
-        let (sums, rest) = rest.split_at_mut(padded * blocks);
-        let (keys, rest) = rest.split_at_mut(KEYS * blocks);
-        let (values, rest) = rest.split_at_mut(KEYS * blocks);
+        let (sums, rest) = rest.split_at_mut(padded * (blocks + 1));
         let (weights, rest) = rest.split_at_mut(padded);
-        let (approximate, rest) = rest.split_at_mut(KEYS * blocks);
-        let (other_weights, rest) = rest.split_at_mut(padded);
-        let mut source = KeySource::new(plan, cache, kv_head, first..first + tokens);
-        let state = &mut rest[..state];
-        state.fill([0.0; BLOCK]);
-        query.fill([0.0; BLOCK]);
-        sums.fill([0.0; BLOCK]);
-        for result in results.chunks_exact_mut(plan.result()) {
-            result[0][..2].copy_from_slice(&[f32::NEG_INFINITY, 0.0]);
-        }
-
-        // Queries times 1 / sqrt(D), [tokens, group].
-        let scale = simd.splat(1.0 / (head_dim as f32).sqrt());
-        for (i, query) in query.chunks_exact_mut(blocks).take(queries).enumerate() {
-            let head = kv_head * group + i % group;
-            let row = Blocks::new(&qkv.row(first + i / group)[head * head_dim..][..head_dim]);
-            for (block, query) in query.iter_mut().enumerate() {
-                for i in 0..BLOCK / S::LANES {
-                    simd.store(query, i, simd.mul(simd.load(row.get(block), i), scale));
-                }
-            }
-        }
-
-        let end = ((segment + 1) * plan.segment).min(plan.position + first + tokens);
-        for start in (segment * plan.segment..end).step_by(KEYS) {
-            let count = KEYS.min(end - start);
-            let direct = queries <= DIRECT && count == KEYS && head_dim.is_multiple_of(BLOCK);
-            let row = kv_head * cache.context + start;
-            let rows = row * head_dim..(row + KEYS) * head_dim;
-            match &cache.keys {
-                Keys::Plain(Store::F16(all)) if direct => {
-                    scores_of::<S, Float16>(simd, query, raw(&all[rows.clone()]), blocks, weights);
-                }
-                Keys::Plain(Store::F32(all)) if direct => {
-                    scores_of::<S, Float32>(simd, query, raw(&all[rows.clone()]), blocks, weights);
-                }
-                _ => {
-                    let both = source.read(simd, start..start + count, state, keys, approximate);
-                    // What is not there has weight zero, and must not be NaN.
-                    keys[count * blocks..].fill([0.0; BLOCK]);
-                    scores_of::<S, Float32>(simd, query, raw(keys), blocks, weights);
-                    if !both.is_empty() {
-                        let approximate = raw(approximate);
-                        scores_of::<S, Float32>(simd, query, approximate, blocks, other_weights);
-                        let pairs = weights.iter_mut().zip(&*other_weights).enumerate();
-                        for (i, (weights, other)) in pairs {
-                            let window = plan.rule.start(plan.position + first + i / group);
-                            let end = both.end.min(window.saturating_sub(start));
-                            let far = both.start..end.max(both.start);
-                            weights[far.clone()].copy_from_slice(&other[far]);
-                        }
-                    }
-                }
-            }
-            for i in 0..queries {
-                // The token sees the keys up to its own position.
-                let seen = (plan.position + first + i / group + 1).saturating_sub(start).min(count);
-                let result = &mut results[i * plan.result()];
-                let rescale = soften(simd, &mut weights[i], seen, result);
-                if rescale == 1.0 {
-                    continue;
-                }
-                for sums in &mut sums[i * blocks..][..blocks] {
-                    for i in 0..BLOCK / S::LANES {
-                        let scaled = simd.mul(simd.load(sums, i), simd.splat(rescale));
-                        simd.store(sums, i, scaled);
-                    }
-                }
-            }
-            match &cache.values {
-                Values::Plain(Store::F16(all)) if direct => {
-                    add_values_of::<S, Float16>(simd, weights, raw(&all[rows]), blocks, sums);
-                }
-                Values::Plain(Store::F32(all)) if direct => {
-                    add_values_of::<S, Float32>(simd, weights, raw(&all[rows]), blocks, sums);
-                }
-                all => {
-                    match all {
-                        Values::Plain(store) => {
-                            decode(simd, store, row, count, head_dim, values);
-                        }
-                        Values::Quantised(all) => all.decode(simd, kv_head, start, count, values),
-                    }
-                    let values = raw(&values[..count * blocks]);
-                    add_values_of::<S, Float32>(simd, weights, values, blocks, sums);
-                }
-            }
-        }
-        for (result, sums) in
-            results.chunks_exact_mut(plan.result()).zip(sums.chunks_exact(blocks)).take(queries)
-        {
-            result[1..].copy_from_slice(sums);
+        load_queries(simd, &task, qkv, query);
+        if in_place {
+            let products = InPlace::new(task, rest);
+            pass_by(simd, &task, segment, products, query, weights, sums, results);
+        } else {
+            let products = Decoded::new(task, rest);
+            pass_by(simd, &task, segment, products, query, weights, sums, results);
         }
     }
 }
 
-/// Where the keys of a task come from.
-struct KeySource<'a> {
-    cache: &'a Cache,
-    kv_head: usize,
-    /// Where the windows of the task's first and last token begin, behind the sink.
-    windows: Range<usize>,
-    pages: Option<(&'a Compressed, Reader<'a>)>,
-}
-
-impl<'a> KeySource<'a> {
-    fn new(plan: &Plan, cache: &'a Cache, kv_head: usize, tokens: Range<usize>) -> Self {
-        let start = |token: usize| plan.rule.start(plan.position + token).max(plan.rule.sink);
-        let windows = start(tokens.start)..start(tokens.end - 1);
-        let pages = match &cache.keys {
-            Keys::Plain(_) => None,
-            Keys::Compressed(keys) => Some((keys, Reader::new(&keys.layout, &keys.pages[kv_head]))),
-        };
-        Self { cache, kv_head, windows, pages }
-    }
-
-    /// Decodes the keys at `positions` into `out` `[positions, blocks]`: as they are where any
-    /// query of the task sees them so.
-    ///
-    /// Those of them that other queries see approximately are decoded into the same rows of
-    /// `approximate`; the range of these rows is given back.
-    #[inline(always)]
-    fn read<S: Simd>(
-        &mut self,
-        simd: S,
-        positions: Range<usize>,
-        state: &mut [Block],
-        out: &mut [Block],
-        approximate: &mut [Block],
-    ) -> Range<usize> {
-        let Self { cache, kv_head, windows, pages } = self;
-        let head_dim = cache.shape.head_dim;
-        let blocks = head_dim.div_ceil(BLOCK);
-        let Range { start, end } = positions;
-        let Some((keys, reader)) = pages else {
-            if let Keys::Plain(store) = &cache.keys {
-                let row = *kv_head * cache.context + start;
-                decode(simd, store, row, end - start, head_dim, out);
-            }
-            return 0..0;
-        };
-        let cut = |at: usize| at.clamp(start, end);
-        let (far, near) = (cut(cache.policy.sink), cut(windows.start));
-        for exact in [start..far, near..end] {
-            let mut n = exact.start;
-            while n < exact.end {
-                let (store, row, neighbours) = keys.original(*kv_head, n);
-                let count = neighbours.min(exact.end - n);
-                decode(simd, store, row, count, head_dim, &mut out[(n - start) * blocks..]);
-                n += count;
-            }
-        }
-        if far < near {
-            reader.read(simd, far, near - far, state, &mut out[(far - start) * blocks..]);
-        }
-        let both = near..cut(windows.end);
-        if !both.is_empty() {
-            let out = &mut approximate[(near - start) * blocks..];
-            reader.read(simd, near, both.len(), state, out);
-        }
-        both.start - start..both.end - start
-    }
-}
-
-/// Decodes `count` rows `[D]` from `first` on to `[count, blocks]`; what is beyond a row's end
-/// becomes zero.
+/// Queries times `1 / sqrt(D)`, `[tokens, group, blocks]`.
 #[inline(always)]
-fn decode<S: Simd>(
+fn load_queries<S: Simd>(simd: S, task: &Task<'_>, qkv: &Tensor, query: &mut [Block]) {
+    let (group, head_dim) = (task.plan.group(), task.plan.shape.head_dim);
+    let blocks = task.plan.blocks();
+    query.fill([0.0; BLOCK]);
+    let scale = simd.splat(1.0 / (head_dim as f32).sqrt());
+    for (i, query) in query.chunks_exact_mut(blocks).take(task.queries()).enumerate() {
+        let head = task.kv_head * group + i % group;
+        let row = Blocks::new(&qkv.row(task.first + i / group)[head * head_dim..][..head_dim]);
+        for (block, query) in query.iter_mut().enumerate() {
+            for i in 0..BLOCK / S::LANES {
+                simd.store(query, i, simd.mul(simd.load(row.get(block), i), scale));
+            }
+        }
+    }
+}
+
+/// Lets all keys and values of a segment pass by, a block at a time.
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "the parts of one buffer")]
+fn pass_by<S: Simd>(
     simd: S,
-    store: &Store,
-    first: usize,
-    count: usize,
-    head_dim: usize,
-    out: &mut [Block],
-) {
-    let out = out.chunks_exact_mut(head_dim.div_ceil(BLOCK));
-    let rows = first * head_dim..(first + count) * head_dim;
-    match store {
-        Store::F32(all) => {
-            for (row, out) in all[rows].chunks_exact(head_dim).zip(out) {
-                Row::<Float32>::new(bytemuck::cast_slice(row), &[]).decode(simd, out);
-            }
-        }
-        Store::F16(all) => {
-            for (row, out) in all[rows].chunks_exact(head_dim).zip(out) {
-                Row::<Float16>::new(bytemuck::cast_slice(row), &[]).decode(simd, out);
-            }
-        }
-    }
-}
-
-/// Rows as blocks of encoded columns.
-#[inline(always)]
-fn raw<T: bytemuck::Pod, const BYTES: usize>(rows: &[T]) -> &[[u8; BYTES]] {
-    bytemuck::cast_slice::<T, u8>(rows).as_chunks().0
-}
-
-/// Scores of all queries with all keys, in tiles that suit the registers.
-#[inline(always)]
-fn scores_of<S: Simd, W: Weight>(
-    simd: S,
+    task: &Task<'_>,
+    segment: usize,
+    mut products: impl Products,
     query: &[Block],
-    keys: &[W::Raw],
-    blocks: usize,
     weights: &mut [Block],
+    sums: &mut [Block],
+    results: &mut [Block],
 ) {
-    if S::TILE >= 4 {
-        scores::<S, W, 4>(simd, query, keys, blocks, weights);
-    } else {
-        scores::<S, W, 2>(simd, query, keys, blocks, weights);
+    let (plan, group) = (task.plan, task.plan.group());
+    let width = plan.blocks() + 1;
+    sums.fill([0.0; BLOCK]);
+    for result in results.chunks_exact_mut(plan.result()) {
+        result[0][..2].copy_from_slice(&[f32::NEG_INFINITY, 0.0]);
     }
-}
-
-/// Scores of all queries `[padded, blocks]` with all keys `[KEYS, blocks]`, `Q` times four at once.
-#[inline(always)]
-fn scores<S: Simd, W: Weight, const Q: usize>(
-    simd: S,
-    query: &[Block],
-    keys: &[W::Raw],
-    blocks: usize,
-    scores: &mut [Block],
-) {
-    for (query, scores) in query.chunks_exact(Q * blocks).zip(scores.chunks_exact_mut(Q)) {
-        let query: [_; Q] = std::array::from_fn(|q| &query[q * blocks..][..blocks]);
-        for (group, keys) in keys.chunks_exact(4 * blocks).enumerate() {
-            let keys: [_; 4] = std::array::from_fn(|k| &keys[k * blocks..][..blocks]);
-            let mut sums = [[simd.splat(0.0); 4]; Q];
-            for block in 0..blocks {
+    let end = ((segment + 1) * plan.segment).min(plan.position + task.first + task.tokens);
+    for start in (segment * plan.segment..end).step_by(KEYS) {
+        let positions = start..end.min(start + KEYS);
+        products.scores(simd, positions.clone(), query, weights);
+        let queries = weights.iter_mut().zip(sums.chunks_exact_mut(width));
+        let queries = queries.zip(results.chunks_exact_mut(plan.result()));
+        for (i, ((weights, sums), result)) in queries.take(task.queries()).enumerate() {
+            // The token sees the keys up to its own position.
+            let seen = plan.position + task.first + i / group + 1;
+            let seen = seen.saturating_sub(start).min(positions.len());
+            let rescale = soften(simd, weights, seen, &mut result[0]);
+            if rescale == 1.0 {
+                continue;
+            }
+            for sums in sums {
                 for i in 0..BLOCK / S::LANES {
-                    let mut k = [simd.splat(0.0); 4];
-                    for j in 0..4 {
-                        k[j] = W::load(simd, &keys[j][block], 0, i);
-                    }
-                    for q in 0..Q {
-                        let query = simd.load(&query[q][block], i);
-                        for j in 0..4 {
-                            sums[q][j] = simd.fma(query, k[j], sums[q][j]);
-                        }
-                    }
+                    let scaled = simd.mul(simd.load(sums, i), simd.splat(rescale));
+                    simd.store(sums, i, scaled);
                 }
             }
-            for q in 0..Q {
-                scores[q][4 * group..][..4].copy_from_slice(&simd.sum4(sums[q]));
-            }
         }
+        products.add_values(simd, positions, weights, sums);
+    }
+    let queries = results.chunks_exact_mut(plan.result()).zip(sums.chunks_exact(width));
+    for (result, sums) in queries.take(task.queries()) {
+        let (sums, to_all) = sums.split_at(width - 1);
+        let to_all: f32 = to_all.as_flattened().iter().sum();
+        result[1..].copy_from_slice(sums);
+        result[1..].as_flattened_mut().iter_mut().for_each(|sum| *sum += to_all);
     }
 }
 
@@ -479,65 +350,4 @@ fn soften<S: Simd>(simd: S, scores: &mut Block, seen: usize, result: &mut Block)
     result[0] = max;
     result[1] = sum * rescale + simd.sum(added);
     rescale
-}
-
-/// Adds weights `[padded, KEYS]` times values `[count, blocks]` to sums `[padded, blocks]`.
-#[inline(always)]
-fn add_values_of<S: Simd, W: Weight>(
-    simd: S,
-    weights: &[Block],
-    values: &[W::Raw],
-    blocks: usize,
-    sums: &mut [Block],
-) {
-    if S::LANES < 16 {
-        add_values::<S, W, 2, 1>(simd, weights, values, blocks, sums);
-    } else if blocks.is_multiple_of(2) {
-        add_values::<S, W, 4, 2>(simd, weights, values, blocks, sums);
-    } else {
-        add_values::<S, W, 4, 1>(simd, weights, values, blocks, sums);
-    }
-}
-
-/// The same, for `Q` queries and `B` blocks at once.
-#[inline(always)]
-fn add_values<S: Simd, W: Weight, const Q: usize, const B: usize>(
-    simd: S,
-    weights: &[Block],
-    values: &[W::Raw],
-    blocks: usize,
-    sums: &mut [Block],
-) {
-    for (weights, sums) in weights.chunks_exact(Q).zip(sums.chunks_exact_mut(Q * blocks)) {
-        let weights: [_; Q] = std::array::from_fn(|q| &weights[q]);
-        for first in (0..blocks).step_by(B) {
-            let mut added = [[[simd.splat(0.0); 8]; B]; Q];
-            for q in 0..Q {
-                for b in 0..B {
-                    for i in 0..BLOCK / S::LANES {
-                        added[q][b][i] = simd.load(&sums[q * blocks + first + b], i);
-                    }
-                }
-            }
-            for (key, values) in values.chunks_exact(blocks).take(KEYS).enumerate() {
-                let values = &values[first..][..B];
-                for b in 0..B {
-                    for i in 0..BLOCK / S::LANES {
-                        let v = W::load(simd, &values[b], 0, i);
-                        for q in 0..Q {
-                            let weight = simd.splat(weights[q][key]);
-                            added[q][b][i] = simd.fma(weight, v, added[q][b][i]);
-                        }
-                    }
-                }
-            }
-            for q in 0..Q {
-                for b in 0..B {
-                    for i in 0..BLOCK / S::LANES {
-                        simd.store(&mut sums[q * blocks + first + b], i, added[q][b][i]);
-                    }
-                }
-            }
-        }
-    }
 }

@@ -13,6 +13,9 @@
 )]
 
 mod attention;
+mod attention_decoded;
+mod attention_in_place;
+mod attention_tiles;
 mod cache;
 mod embed;
 mod encode_keys;
@@ -20,6 +23,7 @@ mod gate;
 mod linear_float;
 mod linear_ternary;
 mod norm;
+mod page_scores;
 mod pages;
 mod read_speed;
 mod rope_append;

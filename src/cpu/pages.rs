@@ -3,6 +3,8 @@
 //! Pages are read where they lie and what they stand for is never written back to memory: it lives
 //! in the nearest cache for as long as the queries of a task pass by.
 
+use std::ops::Range;
+
 use super::simd::{BLOCK, Simd};
 use super::weights::{Float16, Row, Signed8, Unsigned2, Unsigned4};
 use crate::delta::{ChannelBits, DeltaFormat, KeyFormat, Page, PageLayout, Reference};
@@ -70,15 +72,7 @@ impl<'a> Reader<'a> {
         let blocks = head_dim.div_ceil(BLOCK);
         let words = &self.pages[page].words;
         let bytes: &[u8] = bytemuck::cast_slice(words);
-        if let Some(next) = self.pages.get(page + 1) {
-            // Pages lie apart, and no processor foresees where the next one begins: ask for as large
-            // a part of it as is read of this one.
-            let next: &[u8] = bytemuck::cast_slice(&next.words);
-            let part = |token: usize| next.len() * token / layout.tokens;
-            for at in (part(first)..part(first + out.len() / blocks)).step_by(64) {
-                simd.prefetch(next, at);
-            }
-        }
+        prefetch_next(simd, layout, self.pages, page, first..first + out.len() / blocks);
         let fresh = self.page != Some(page);
         self.page = Some(page);
         let (row, rest) = state.split_at_mut(blocks);
@@ -157,8 +151,27 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Asks for as large a part of the page after `page` as the `tokens` that are read are of this one:
+/// pages lie apart, and no processor foresees where the next one begins.
+#[inline(always)]
+pub(super) fn prefetch_next<S: Simd>(
+    simd: S,
+    layout: &PageLayout,
+    pages: &[Page],
+    page: usize,
+    tokens: Range<usize>,
+) {
+    if let Some(next) = pages.get(page + 1) {
+        let next: &[u8] = bytemuck::cast_slice(&next.words);
+        let part = |token: usize| next.len() * token / layout.tokens;
+        for at in (part(tokens.start)..part(tokens.end)).step_by(64) {
+            simd.prefetch(next, at);
+        }
+    }
+}
+
 /// A number format of deltas.
-trait Field {
+pub(super) trait Field {
     /// Whether they are multiplied by the scale of their channel.
     const SCALED: bool;
 
@@ -166,9 +179,12 @@ trait Field {
     fn expand<S: Simd>(simd: S, fields: &[u8], next: usize, mask: u32) -> S::Floats;
 }
 
-struct Halves;
-struct Bytes;
-struct Nibbles;
+/// Little-endian `f16`.
+pub(super) struct Halves;
+/// `i8`.
+pub(super) struct Bytes;
+/// Signed fields of 4 bits.
+pub(super) struct Nibbles;
 
 impl Field for Halves {
     const SCALED: bool = false;
@@ -266,12 +282,7 @@ impl Deltas<'_> {
 
     /// Lets a chain run over tokens that nobody wants.
     #[inline(always)]
-    fn skip<S: Simd, F: Field>(
-        &mut self,
-        simd: S,
-        tokens: std::ops::Range<usize>,
-        mut next: usize,
-    ) -> usize {
+    fn skip<S: Simd, F: Field>(&mut self, simd: S, tokens: Range<usize>, mut next: usize) -> usize {
         let blocks = self.row.len();
         for token in tokens {
             let masks = &self.masks[token * blocks..][..blocks];
@@ -314,7 +325,7 @@ mod tests {
     use crate::sampler::Draws;
 
     /// Reads ranges of positions.
-    struct Read<'a>(&'a PageLayout, &'a [Page], &'a [std::ops::Range<usize>]);
+    struct Read<'a>(&'a PageLayout, &'a [Page], &'a [Range<usize>]);
 
     impl Kernel for Read<'_> {
         type Output = Vec<f32>;

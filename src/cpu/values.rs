@@ -73,6 +73,50 @@ impl Quantised {
         self.heads.iter().map(bytes).sum::<usize>() as u64
     }
 
+    /// `count` values from position `first` on, which are of one piece, and the bytes of a row.
+    pub(super) fn rows(&self, head: usize, first: usize, count: usize) -> (&[u8], usize) {
+        let at = first % self.piece * self.row;
+        (&self.heads[head][first / self.piece][at..][..count * self.row], self.row)
+    }
+
+    /// Multiplies `weights` `[queries]` of at most a block of values by the values' scales, and adds
+    /// weights times minima to the last of each query's `sums` `[queries, blocks + 1]`: what is left
+    /// is to multiply levels.
+    #[inline(always)]
+    pub(super) fn scale_weights<S: Simd>(
+        &self,
+        simd: S,
+        head: usize,
+        first: usize,
+        count: usize,
+        weights: &mut [[f32; BLOCK]],
+        sums: &mut [[f32; BLOCK]],
+    ) {
+        let int4 = self.format == ValueFormat::Int4;
+        let at = if int4 { self.head_dim.div_ceil(2) } else { self.head_dim };
+        let (mut scales, mut minima) = ([[0; 2]; BLOCK], [[0; 2]; BLOCK]);
+        let rows = self.rows(head, first, count).0.chunks_exact(self.row);
+        for ((row, scale), minimum) in rows.zip(&mut scales).zip(&mut minima) {
+            *scale = [row[at], row[at + 1]];
+            if int4 {
+                *minimum = [row[at + 2], row[at + 3]];
+            }
+        }
+        let (scales, minima) = (bytemuck::cast_ref(&scales), bytemuck::cast_ref(&minima));
+        let width = sums.len() / weights.len();
+        for (weights, sums) in weights.iter_mut().zip(sums.chunks_exact_mut(width)) {
+            let to_all = &mut sums[width - 1];
+            for i in 0..BLOCK / S::LANES {
+                let weight = simd.load(weights, i);
+                if int4 {
+                    let minimum = simd.load_f16(minima, i);
+                    simd.store(to_all, i, simd.fma(weight, minimum, simd.load(to_all, i)));
+                }
+                simd.store(weights, i, simd.mul(weight, simd.load_f16(scales, i)));
+            }
+        }
+    }
+
     /// Decodes `count` values from position `first` on, which are of one piece, into
     /// `[count, blocks]`.
     #[inline(always)]
@@ -84,8 +128,7 @@ impl Quantised {
         count: usize,
         out: &mut [[f32; BLOCK]],
     ) {
-        let at = first % self.piece * self.row;
-        let rows = &self.heads[head][first / self.piece][at..][..count * self.row];
+        let (rows, _) = self.rows(head, first, count);
         let blocks = self.head_dim.div_ceil(BLOCK);
         for (row, out) in rows.chunks_exact(self.row).zip(out.chunks_exact_mut(blocks)) {
             if self.format == ValueFormat::Int8 {

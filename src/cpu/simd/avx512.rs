@@ -18,18 +18,36 @@ impl Avx512 {
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("bmi2")
             && is_x86_feature_detected!("popcnt");
         found.then_some(Self(()))
     }
 
     pub(super) fn enter<K: Kernel>(self, kernel: K) -> K::Output {
         #[target_feature(
-            enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,popcnt"
+            enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2,popcnt"
         )]
         fn inner<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
             kernel.run(simd)
         }
         simd!(inner(self, kernel))
+    }
+}
+
+/// Four bytes from `at` on.
+#[inline(always)]
+fn word(from: &[u8], at: usize) -> i32 {
+    i32::from_le_bytes([from[at], from[at + 1], from[at + 2], from[at + 3]])
+}
+
+/// The level of each field of 4 bits, the lowest of a word first: of one word in the lower eight lanes, of
+/// another in the upper eight.
+#[inline(always)]
+fn nibbles(words: __m512i, levels: __m512) -> __m512 {
+    simd! {
+        let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+        // A permutation looks at the lowest four bits alone.
+        _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), levels)
     }
 }
 
@@ -85,25 +103,27 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn load_u4(self, from: &[u8; BLOCK / 2], i: usize) -> __m512 {
-        let packed = memory!(from[i * 8, 8] => |p| _mm_loadl_epi64(p.cast()));
+        let (low, high) = (word(from, 8 * i), word(from, 8 * i + 4));
         simd! {
-            // The fields of the first word lie in the lower half, those of the second above.
-            let places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-            let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-            let words = _mm512_permutexvar_epi32(places, _mm512_castsi128_si512(packed));
-            let fields = _mm512_srlv_epi32(words, shifts);
-            _mm512_cvtepi32_ps(_mm512_and_si512(fields, _mm512_set1_epi32(15)))
+            let words = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+            let levels = _mm512_setr_ps(
+                0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
+            );
+            nibbles(words, levels)
         }
     }
 
     #[inline(always)]
     fn load_u2(self, from: &[u8; BLOCK / 4], i: usize) -> __m512 {
-        let at = 4 * i;
-        let word = i32::from_le_bytes([from[at], from[at + 1], from[at + 2], from[at + 3]]);
+        let word = word(from, 4 * i);
         simd! {
             let shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
             let fields = _mm512_srlv_epi32(_mm512_set1_epi32(word), shifts);
-            _mm512_cvtepi32_ps(_mm512_and_si512(fields, _mm512_set1_epi32(3)))
+            // A permutation looks at four bits, here at those of the next field, too.
+            let levels = _mm512_setr_ps(
+                0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0,
+            );
+            _mm512_permutexvar_ps(fields, levels)
         }
     }
 
@@ -125,13 +145,18 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn expand_i4(self, from: u64, mask: u32) -> __m512 {
         simd! {
-            // Each field is shifted to the top of its lane and back, which extends its sign.
-            let places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-            let shifts = _mm512_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
-            let packed = _mm512_castsi128_si512(_mm_cvtsi64_si128(from as i64));
-            let words = _mm512_sllv_epi32(_mm512_permutexvar_epi32(places, packed), shifts);
-            let words = _mm512_maskz_expand_epi32(mask as u16, _mm512_srai_epi32::<28>(words));
-            _mm512_cvtepi32_ps(words)
+            // Each bit of the mask makes the four of a field, to which the fields are moved.
+            let places = 15 * _pdep_u64(u64::from(mask), 0x1111_1111_1111_1111);
+            let placed = _pdep_u64(from, places);
+            let words = _mm512_mask_set1_epi32(
+                _mm512_set1_epi32(placed as i32),
+                0xff00,
+                (placed >> 32) as i32,
+            );
+            let levels = _mm512_setr_ps(
+                0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0,
+            );
+            nibbles(words, levels)
         }
     }
 

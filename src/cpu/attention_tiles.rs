@@ -1,0 +1,159 @@
+//! The products of attention, in tiles that fit the registers.
+//!
+//! Four queries pass by at once: as many as share a KV head in most models, so that what is encoded
+//! is decoded once for all of them.
+
+use super::attention::{Block, KEYS};
+use super::simd::{BLOCK, Simd};
+use super::weights::Weight;
+
+/// Queries of a tile.
+pub(super) const TILE: usize = 4;
+
+/// Products of the queries of a tile with the keys of a block.
+pub(super) type Scores = [[f32; TILE]; KEYS];
+
+/// Rows as blocks of encoded columns.
+#[inline(always)]
+pub(super) fn raw<T: bytemuck::Pod, const BYTES: usize>(rows: &[T]) -> &[[u8; BYTES]] {
+    bytemuck::cast_slice::<T, u8>(rows).as_chunks().0
+}
+
+/// Products of the queries of a tile, `[TILE, blocks]`, with as many rows `[blocks]` as `out` has
+/// place for.
+#[inline(always)]
+pub(super) fn products<S: Simd, W: Weight>(
+    simd: S,
+    query: &[Block],
+    rows: &[W::Raw],
+    out: &mut [[f32; TILE]],
+) {
+    if S::TILE >= 4 {
+        products_of::<S, W, 4>(simd, query, rows, out);
+    } else {
+        products_of::<S, W, 2>(simd, query, rows, out);
+    }
+}
+
+/// The same, `K` rows at once while there are as many.
+#[inline(always)]
+fn products_of<S: Simd, W: Weight, const K: usize>(
+    simd: S,
+    query: &[Block],
+    rows: &[W::Raw],
+    out: &mut [[f32; TILE]],
+) {
+    let blocks = query.len() / TILE;
+    let (whole, rest) = out.as_chunks_mut::<K>();
+    let (whole_rows, rest_rows) = rows.split_at(whole.len() * K * blocks);
+    for (rows, out) in whole_rows.chunks_exact(K * blocks).zip(whole) {
+        *out = tile::<S, W, K>(simd, query, rows);
+    }
+    for (row, out) in rest_rows.chunks_exact(blocks).zip(rest) {
+        [*out] = tile::<S, W, 1>(simd, query, row);
+    }
+}
+
+/// Products of the queries of a tile with `K` rows.
+#[inline(always)]
+fn tile<S: Simd, W: Weight, const K: usize>(
+    simd: S,
+    query: &[Block],
+    rows: &[W::Raw],
+) -> [[f32; TILE]; K] {
+    let blocks = query.len() / TILE;
+    let query: [_; TILE] = std::array::from_fn(|q| &query[q * blocks..][..blocks]);
+    let rows: [_; K] = std::array::from_fn(|k| &rows[k * blocks..][..blocks]);
+    let mut sums = [[simd.splat(0.0); TILE]; K];
+    for block in 0..blocks {
+        for i in 0..BLOCK / S::LANES {
+            let mut keys = [simd.splat(0.0); K];
+            for k in 0..K {
+                keys[k] = W::load(simd, &rows[k][block], 0, i);
+            }
+            for q in 0..TILE {
+                let query = simd.load(&query[q][block], i);
+                for k in 0..K {
+                    sums[k][q] = simd.fma(query, keys[k], sums[k][q]);
+                }
+            }
+        }
+    }
+    let mut out = [[0.0; TILE]; K];
+    for k in 0..K {
+        out[k] = simd.sum4(sums[k]);
+    }
+    out
+}
+
+/// The scores of each query of a tile.
+#[inline(always)]
+pub(super) fn by_query(scores: &Scores, out: &mut [Block]) {
+    for (q, out) in out.iter_mut().take(TILE).enumerate() {
+        for (out, scores) in out.iter_mut().zip(scores) {
+            *out = scores[q];
+        }
+    }
+}
+
+/// Adds `weights` `[padded, KEYS]` times the values in `rows`, at most [`KEYS`] of `stride` bytes each,
+/// to `sums` `[padded, blocks + 1]`.
+#[inline(always)]
+pub(super) fn add_values<S: Simd, W: Weight>(
+    simd: S,
+    weights: &[Block],
+    (rows, stride): (&[u8], usize),
+    sums: &mut [Block],
+) {
+    let blocks = sums.len() / weights.len() - 1;
+    if S::LANES < 16 {
+        add_values_of::<S, W, 2, 1>(simd, weights, (rows, stride), sums);
+    } else if blocks.is_multiple_of(2) {
+        add_values_of::<S, W, 4, 2>(simd, weights, (rows, stride), sums);
+    } else {
+        add_values_of::<S, W, 4, 1>(simd, weights, (rows, stride), sums);
+    }
+}
+
+/// The same, for `Q` queries and `B` blocks at once.
+#[inline(always)]
+fn add_values_of<S: Simd, W: Weight, const Q: usize, const B: usize>(
+    simd: S,
+    weights: &[Block],
+    (rows, stride): (&[u8], usize),
+    sums: &mut [Block],
+) {
+    let width = sums.len() / weights.len();
+    for (weights, sums) in weights.chunks_exact(Q).zip(sums.chunks_exact_mut(Q * width)) {
+        let weights: [_; Q] = std::array::from_fn(|q| &weights[q]);
+        for first in (0..width - 1).step_by(B) {
+            let mut added = [[[simd.splat(0.0); 8]; B]; Q];
+            for q in 0..Q {
+                for b in 0..B {
+                    for i in 0..BLOCK / S::LANES {
+                        added[q][b][i] = simd.load(&sums[q * width + first + b], i);
+                    }
+                }
+            }
+            for (key, row) in rows.chunks_exact(stride).take(KEYS).enumerate() {
+                let values = &W::split(row).0[first..][..B];
+                for b in 0..B {
+                    for i in 0..BLOCK / S::LANES {
+                        let v = W::load(simd, &values[b], 0, i);
+                        for q in 0..Q {
+                            let weight = simd.splat(weights[q][key]);
+                            added[q][b][i] = simd.fma(weight, v, added[q][b][i]);
+                        }
+                    }
+                }
+            }
+            for q in 0..Q {
+                for b in 0..B {
+                    for i in 0..BLOCK / S::LANES {
+                        simd.store(&mut sums[q * width + first + b], i, added[q][b][i]);
+                    }
+                }
+            }
+        }
+    }
+}
