@@ -215,6 +215,9 @@ pub(super) trait Products {
         weights: &mut [Block],
         sums: &mut [Block],
     );
+
+    /// Brings `sums` into the order of the elements, once all values have passed by.
+    fn finish<S: Simd>(&self, simd: S, sums: &mut [Block]);
 }
 
 /// One task and segment.
@@ -311,6 +314,7 @@ fn pass_by<S: Simd>(
         }
         products.add_values(simd, positions, weights, sums);
     }
+    products.finish(simd, sums);
     let queries = results.chunks_exact_mut(plan.result()).zip(sums.chunks_exact(width));
     for (result, sums) in queries.take(task.queries()) {
         let (sums, to_all) = sums.split_at(width - 1);

@@ -147,6 +147,9 @@ impl Products for Decoded<'_> {
         let rows = (bytemuck::cast_slice(values), blocks * size_of::<Block>());
         add_values::<S, Float32>(simd, weights, rows, sums);
     }
+
+    #[inline(always)]
+    fn finish<S: Simd>(&self, _simd: S, _sums: &mut [Block]) {}
 }
 
 /// Decodes `count` rows `[D]` from `first` on to `[count, blocks]`; what is beyond a row's end

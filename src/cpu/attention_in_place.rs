@@ -10,8 +10,8 @@ use super::attention::{Block, KEYS, Products, Task};
 use super::attention_tiles::{Scores, TILE, add_values, by_query, products, raw};
 use super::cache::{Cache, Compressed, Keys, Store, Values};
 use super::page_scores::PageScores;
-use super::simd::{BLOCK, Simd};
-use super::weights::{Float16, Float32, Signed8, Unsigned4};
+use super::simd::{BLOCK, Simd, together};
+use super::weights::{Apart4, Float16, Float32, Signed8};
 use crate::backend::AttentionShape;
 use crate::delta::ValueFormat;
 
@@ -125,9 +125,16 @@ impl Products for InPlace<'_> {
                 if all.format == ValueFormat::Int8 {
                     add_values::<S, Signed8>(simd, weights, rows, sums);
                 } else {
-                    add_values::<S, Unsigned4>(simd, weights, rows, sums);
+                    add_values::<S, Apart4>(simd, weights, rows, sums);
                 }
             }
+        }
+    }
+
+    #[inline(always)]
+    fn finish<S: Simd>(&self, _simd: S, sums: &mut [Block]) {
+        if self.task.cache.policy.values == ValueFormat::Int4 {
+            sums.iter_mut().for_each(|block| *block = together::<S>(block));
         }
     }
 }

@@ -17,8 +17,8 @@ use std::ops::Range;
 use super::attention::Block;
 use super::attention_tiles::{Scores, TILE, products, raw};
 use super::pages::{Bytes, Field, Halves, Nibbles, prefetch_next};
-use super::simd::{BLOCK, Simd};
-use super::weights::{Float16, Float32, Row, Signed8, Unsigned2, Unsigned4};
+use super::simd::{BLOCK, Simd, apart};
+use super::weights::{Apart4, Float16, Float32, Row, Signed8, Unsigned2, Weight};
 use crate::delta::{ChannelBits, DeltaFormat, KeyFormat, Page, PageLayout, Reference};
 
 /// Scores the pages of one KV head in the order of their tokens.
@@ -27,7 +27,8 @@ pub(super) struct PageScores<'a> {
     pages: &'a [Page],
     /// The page that the rest is about.
     page: Option<usize>,
-    /// Queries times the scales of channels, `[tiles, TILE, blocks]`; the queries where there are none.
+    /// Queries times the scales of channels, in the order of the levels, `[tiles, TILE, blocks]`; not
+    /// used where channels have none.
     scaled: &'a mut [Block],
     /// What is the same for all tokens, for a chain the score of the token before.
     base: [[f32; TILE]; 2],
@@ -128,6 +129,9 @@ impl<'a> PageScores<'a> {
                     let product = simd.mul(simd.load(query, i), simd.load(scales, i));
                     simd.store(scaled, i, product);
                 }
+                if layout.keys == KeyFormat::Channel(ChannelBits::Four) {
+                    *scaled = apart::<S>(scaled);
+                }
             }
         }
     }
@@ -167,7 +171,7 @@ impl<'a> PageScores<'a> {
                     let (levels, out) = (&bytes[levels.clone()], &mut out[places.clone()]);
                     match bits {
                         ChannelBits::Four => {
-                            products::<S, Unsigned4>(simd, query, raw(levels), out);
+                            products::<S, Apart4>(simd, query, raw(levels), out);
                         }
                         ChannelBits::Two => {
                             products::<S, Unsigned2>(simd, query, raw(levels), out);
@@ -258,12 +262,7 @@ impl<'a> PageScores<'a> {
 
 /// Products of the queries with one row, a tile at a time.
 #[inline(always)]
-fn start<S: Simd, W: super::weights::Weight>(
-    simd: S,
-    query: &[Block],
-    row: &[W::Raw],
-    out: &mut [[f32; TILE]],
-) {
+fn start<S: Simd, W: Weight>(simd: S, query: &[Block], row: &[W::Raw], out: &mut [[f32; TILE]]) {
     for (query, out) in query.chunks_exact(TILE * row.len()).zip(out) {
         products::<S, W>(simd, query, row, std::slice::from_mut(out));
     }

@@ -215,11 +215,16 @@ impl Field for Nibbles {
 
     #[inline(always)]
     fn expand<S: Simd>(simd: S, fields: &[u8], next: usize, mask: u32) -> S::Floats {
-        let bytes = match window(fields, next / 2) {
-            Some(window) => u128::from_le_bytes(*window),
-            None => u128::from_le_bytes(last(fields, next / 2)),
+        let window = match window(fields, next / 2) {
+            Some(window) => *window,
+            None => last::<9>(fields, next / 2),
         };
-        simd.expand_i4((bytes >> (4 * (next % 2))) as u64, mask)
+        let [low @ .., high] = window;
+        // Sixteen fields, from the upper one of the first byte on where `next` is odd. Not a shift of
+        // 128 bits, which takes as long as all the rest.
+        let odd = 4 * (next % 2) as u32;
+        let high = (u64::from(high) << 1) << (63 - odd);
+        simd.expand_i4(u64::from_le_bytes(low) >> odd | high, mask)
     }
 }
 

@@ -95,6 +95,10 @@ weight!(
     Unsigned4, Unsigned4, false, BLOCK / 2, |simd, raw, _scale, i| simd.load_u4(raw, i)
 );
 weight!(
+    /// The same in the order of [`apart`](super::simd::apart).
+    Apart4, Apart4, false, BLOCK / 2, |simd, raw, _scale, i| simd.load_u4_apart(raw, i)
+);
+weight!(
     /// Unsigned fields of 2 bits.
     Unsigned2, Unsigned2, false, BLOCK / 4, |simd, raw, _scale, i| simd.load_u2(raw, i)
 );

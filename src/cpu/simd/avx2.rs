@@ -124,6 +124,19 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn load_u4_apart(self, from: &[u8; BLOCK / 2], i: usize) -> __m256 {
+        let bytes = memory!(from[i / 2 * 8, 8] => |p| _mm_loadl_epi64(p.cast()));
+        simd! {
+            let pairs = _mm256_cvtepu8_epi32(bytes);
+            _mm256_cvtepi32_ps(if i % 2 == 0 {
+                _mm256_and_si256(pairs, _mm256_set1_epi32(15))
+            } else {
+                _mm256_srli_epi32::<4>(pairs)
+            })
+        }
+    }
+
+    #[inline(always)]
     fn load_u2(self, from: &[u8; BLOCK / 4], i: usize) -> __m256 {
         let word = i32::from(u16::from_le_bytes([from[2 * i], from[2 * i + 1]]));
         simd! {

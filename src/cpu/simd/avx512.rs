@@ -34,18 +34,14 @@ impl Avx512 {
     }
 }
 
-/// Four bytes from `at` on.
+/// The level of each of the sixteen fields of 4 bits in the lower half of `packed`.
 #[inline(always)]
-fn word(from: &[u8], at: usize) -> i32 {
-    i32::from_le_bytes([from[at], from[at + 1], from[at + 2], from[at + 3]])
-}
-
-/// The level of each field of 4 bits, the lowest of a word first: of one word in the lower eight lanes, of
-/// another in the upper eight.
-#[inline(always)]
-fn nibbles(words: __m512i, levels: __m512) -> __m512 {
+fn nibbles(packed: __m128i, levels: __m512) -> __m512 {
     simd! {
+        // The fields of the first word go to the lower eight lanes, those of the second above.
+        let places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
         let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+        let words = _mm512_permutexvar_epi32(places, _mm512_castsi128_si512(packed));
         // A permutation looks at the lowest four bits alone.
         _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), levels)
     }
@@ -103,19 +99,27 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn load_u4(self, from: &[u8; BLOCK / 2], i: usize) -> __m512 {
-        let (low, high) = (word(from, 8 * i), word(from, 8 * i + 4));
-        simd! {
-            let words = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
-            let levels = _mm512_setr_ps(
-                0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
-            );
-            nibbles(words, levels)
-        }
+        let packed = memory!(from[i * 8, 8] => |p| _mm_loadl_epi64(p.cast()));
+        let levels = simd!(_mm512_setr_ps(
+            0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
+        ));
+        nibbles(packed, levels)
+    }
+
+    #[inline(always)]
+    fn load_u4_apart(self, from: &[u8; BLOCK / 2], i: usize) -> __m512 {
+        let pairs = memory!(from[0, 16] => |p| _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())));
+        simd!(_mm512_cvtepi32_ps(if i == 0 {
+            _mm512_and_si512(pairs, _mm512_set1_epi32(15))
+        } else {
+            _mm512_srli_epi32::<4>(pairs)
+        }))
     }
 
     #[inline(always)]
     fn load_u2(self, from: &[u8; BLOCK / 4], i: usize) -> __m512 {
-        let word = word(from, 4 * i);
+        let at = 4 * i;
+        let word = i32::from_le_bytes([from[at], from[at + 1], from[at + 2], from[at + 3]]);
         simd! {
             let shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
             let fields = _mm512_srlv_epi32(_mm512_set1_epi32(word), shifts);
@@ -147,16 +151,11 @@ impl Simd for Avx512 {
         simd! {
             // Each bit of the mask makes the four of a field, to which the fields are moved.
             let places = 15 * _pdep_u64(u64::from(mask), 0x1111_1111_1111_1111);
-            let placed = _pdep_u64(from, places);
-            let words = _mm512_mask_set1_epi32(
-                _mm512_set1_epi32(placed as i32),
-                0xff00,
-                (placed >> 32) as i32,
-            );
+            let placed = _mm_cvtsi64_si128(_pdep_u64(from, places) as i64);
             let levels = _mm512_setr_ps(
                 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0,
             );
-            nibbles(words, levels)
+            nibbles(placed, levels)
         }
     }
 

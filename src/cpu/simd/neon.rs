@@ -67,6 +67,16 @@ fn fields(word: u32, shifts: [i32; 4], mask: u32) -> float32x4_t {
     }
 }
 
+/// The lower four bits of each byte of a word, shifted to the left by `shift`.
+#[inline(always)]
+fn fields_of_bytes(word: u32, shift: i8) -> float32x4_t {
+    simd! {
+        let bytes = vshl_u8(vreinterpret_u8_u32(vdup_n_u32(word)), vdup_n_s8(shift));
+        let words = vmovl_u8(vand_u8(bytes, vdup_n_u8(15)));
+        vcvtq_f32_u32(vmovl_u16(vget_low_u16(words)))
+    }
+}
+
 impl<const DOT: bool> Simd for Neon<DOT> {
     type Floats = float32x4_t;
     type Bytes = int8x16_t;
@@ -128,6 +138,14 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     fn load_u4(self, from: &[u8; BLOCK / 2], i: usize) -> float32x4_t {
         let word = u32::from(u16::from_le_bytes([from[2 * i], from[2 * i + 1]]));
         fields(word, [0, -4, -8, -12], 15)
+    }
+
+    #[inline(always)]
+    fn load_u4_apart(self, from: &[u8; BLOCK / 2], i: usize) -> float32x4_t {
+        let at = i / 2 * 4;
+        let word = u32::from_le_bytes([from[at], from[at + 1], from[at + 2], from[at + 3]]);
+        let shift = [0, -4][i % 2];
+        fields_of_bytes(word, shift)
     }
 
     #[inline(always)]

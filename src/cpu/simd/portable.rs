@@ -76,6 +76,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn load_u4_apart(self, from: &[u8; BLOCK / 2], i: usize) -> [f32; LANES] {
+        map(|l| f32::from(from[i / 2 * LANES + l] >> (4 * (i % 2)) & 15))
+    }
+
+    #[inline(always)]
     fn load_u2(self, from: &[u8; BLOCK / 4], i: usize) -> [f32; LANES] {
         map(|l| f32::from(from[(i * LANES + l) / 4] >> (2 * (l % 4)) & 3))
     }
