@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::attention::{Block, KEYS, Products, Task};
-use super::attention_tiles::{Scores, TILE, add_values, by_query, products, raw};
+use super::attention_tiles::{Scores, TILE, add_values, products, raw};
 use super::cache::{Cache, Keys, Store, Values};
 use super::pages::Reader;
 use super::simd::{BLOCK, Simd};
@@ -106,21 +106,19 @@ impl Products for Decoded<'_> {
         let both = self.decode_keys(simd, positions);
         let (keys, approximate) =
             (&self.keys[..count * blocks], &self.approximate[..count * blocks]);
-        let tiles = query.chunks_exact(TILE * blocks).zip(scores.chunks_exact_mut(TILE));
+        let tiles = query.chunks_exact(TILE * blocks).zip(scores.as_chunks_mut().0);
         for (tile, (query, out)) in tiles.enumerate() {
-            let mut scores: Scores = [[0.0; TILE]; KEYS];
-            products::<S, Float32>(simd, query, raw(keys), &mut scores[..count]);
-            by_query(&scores, out);
+            products::<S, Float32>(simd, query, raw(keys), out, 0..count);
             if both.is_empty() {
                 continue;
             }
-            products::<S, Float32>(simd, query, raw(approximate), &mut scores[..count]);
-            for (q, out) in out.iter_mut().enumerate() {
+            let mut scores: Scores = [[0.0; KEYS]; TILE];
+            products::<S, Float32>(simd, query, raw(approximate), &mut scores, 0..count);
+            for (q, (out, scores)) in out.iter_mut().zip(&scores).enumerate() {
                 let token = plan.position + first + (tile * TILE + q) / plan.group();
                 let end = both.end.min(plan.rule.start(token).saturating_sub(start));
-                for n in both.start..end {
-                    out[n] = scores[n][q];
-                }
+                let far = both.start..end.max(both.start);
+                out[far.clone()].copy_from_slice(&scores[far]);
             }
         }
     }

@@ -6,8 +6,8 @@
 
 use std::ops::Range;
 
-use super::attention::{Block, KEYS, Products, Task};
-use super::attention_tiles::{Scores, TILE, add_values, by_query, products, raw};
+use super::attention::{Block, Products, Task};
+use super::attention_tiles::{Scores, TILE, add_values, products, raw};
 use super::cache::{Cache, Compressed, Keys, Store, Values};
 use super::page_scores::PageScores;
 use super::simd::{BLOCK, Simd, together};
@@ -67,17 +67,17 @@ impl Products for InPlace<'_> {
             task.cache;
         let blocks = head_dim / BLOCK;
         let Range { start, end } = positions;
-        let mut found: [Scores; QUERIES / TILE] = [[[0.0; TILE]; KEYS]; QUERIES / TILE];
+        let found: &mut [Scores] = scores.as_chunks_mut().0;
         match (keys, pages) {
             (Keys::Plain(store), _) => {
                 let row = task.kv_head * context + start;
-                plain(simd, store, row * head_dim, query, blocks, 0..end - start, &mut found);
+                plain(simd, store, row * head_dim, query, blocks, 0..end - start, found);
             }
             (Keys::Compressed(_), Some((keys, pages))) => {
                 let cut = |at: usize| at.clamp(start, end);
                 let (far, near) = (cut(policy.sink), cut(*window));
                 if far < near {
-                    pages.scores(simd, far..near, query, far - start, &mut found);
+                    pages.scores(simd, far..near, query, far - start, found);
                 }
                 for exact in [start..far, near..end] {
                     let mut n = exact.start;
@@ -85,15 +85,12 @@ impl Products for InPlace<'_> {
                         let (store, row, neighbours) = keys.original(task.kv_head, n);
                         let count = neighbours.min(exact.end - n);
                         let places = n - start..n - start + count;
-                        plain(simd, store, row * head_dim, query, blocks, places, &mut found);
+                        plain(simd, store, row * head_dim, query, blocks, places, found);
                         n += count;
                     }
                 }
             }
             (Keys::Compressed(_), None) => {}
-        }
-        for (found, out) in found.iter().zip(scores.chunks_exact_mut(TILE)) {
-            by_query(found, out);
         }
     }
 
@@ -153,13 +150,13 @@ fn plain<S: Simd>(
 ) {
     let rows = at..at + places.len() * blocks * BLOCK;
     for (query, found) in query.chunks_exact(TILE * blocks).zip(found) {
-        let out = &mut found[places.clone()];
+        let (rows, places) = (rows.clone(), places.clone());
         match store {
             Store::F32(all) => {
-                products::<S, Float32>(simd, query, raw(&all[rows.clone()]), out);
+                products::<S, Float32>(simd, query, raw(&all[rows]), found, places);
             }
             Store::F16(all) => {
-                products::<S, Float16>(simd, query, raw(&all[rows.clone()]), out);
+                products::<S, Float16>(simd, query, raw(&all[rows]), found, places);
             }
         }
     }

@@ -3,6 +3,8 @@
 //! Four queries pass by at once: as many as share a KV head in most models, so that what is encoded
 //! is decoded once for all of them.
 
+use std::ops::Range;
+
 use super::attention::{Block, KEYS};
 use super::simd::{BLOCK, Simd};
 use super::weights::Weight;
@@ -10,8 +12,8 @@ use super::weights::Weight;
 /// Queries of a tile.
 pub(super) const TILE: usize = 4;
 
-/// Products of the queries of a tile with the keys of a block.
-pub(super) type Scores = [[f32; TILE]; KEYS];
+/// Scores of each query of a tile with the keys of a block.
+pub(super) type Scores = [Block; TILE];
 
 /// Rows as blocks of encoded columns.
 #[inline(always)]
@@ -19,19 +21,20 @@ pub(super) fn raw<T: bytemuck::Pod, const BYTES: usize>(rows: &[T]) -> &[[u8; BY
     bytemuck::cast_slice::<T, u8>(rows).as_chunks().0
 }
 
-/// Products of the queries of a tile, `[TILE, blocks]`, with as many rows `[blocks]` as `out` has
-/// place for.
+/// Products of the queries of a tile, `[TILE, blocks]`, with as many rows `[blocks]` as there are
+/// `places`, which is where they go.
 #[inline(always)]
 pub(super) fn products<S: Simd, W: Weight>(
     simd: S,
     query: &[Block],
     rows: &[W::Raw],
-    out: &mut [[f32; TILE]],
+    out: &mut Scores,
+    places: Range<usize>,
 ) {
     if S::TILE >= 4 {
-        products_of::<S, W, 4>(simd, query, rows, out);
+        products_of::<S, W, 4>(simd, query, rows, out, places);
     } else {
-        products_of::<S, W, 2>(simd, query, rows, out);
+        products_of::<S, W, 2>(simd, query, rows, out, places);
     }
 }
 
@@ -41,30 +44,35 @@ fn products_of<S: Simd, W: Weight, const K: usize>(
     simd: S,
     query: &[Block],
     rows: &[W::Raw],
-    out: &mut [[f32; TILE]],
+    out: &mut Scores,
+    places: Range<usize>,
 ) {
     let blocks = query.len() / TILE;
-    let (whole, rest) = out.as_chunks_mut::<K>();
-    let (whole_rows, rest_rows) = rows.split_at(whole.len() * K * blocks);
-    for (rows, out) in whole_rows.chunks_exact(K * blocks).zip(whole) {
-        *out = tile::<S, W, K>(simd, query, rows);
+    let whole = places.len() / K * K;
+    let (whole_rows, rest_rows) = rows.split_at(whole * blocks);
+    let firsts = places.clone().step_by(K);
+    for (first, rows) in firsts.zip(whole_rows.chunks_exact(K * blocks)) {
+        tile::<S, W, K>(simd, query, rows, out, first);
     }
-    for (row, out) in rest_rows.chunks_exact(blocks).zip(rest) {
-        [*out] = tile::<S, W, 1>(simd, query, row);
+    for (place, row) in (places.start + whole..places.end).zip(rest_rows.chunks_exact(blocks)) {
+        tile::<S, W, 1>(simd, query, row, out, place);
     }
 }
 
-/// Products of the queries of a tile with `K` rows.
+/// Products of the queries of a tile with `K` rows, at most four, into places from `first` on.
 #[inline(always)]
 fn tile<S: Simd, W: Weight, const K: usize>(
     simd: S,
     query: &[Block],
     rows: &[W::Raw],
-) -> [[f32; TILE]; K] {
+    out: &mut Scores,
+    first: usize,
+) {
     let blocks = query.len() / TILE;
     let query: [_; TILE] = std::array::from_fn(|q| &query[q * blocks..][..blocks]);
     let rows: [_; K] = std::array::from_fn(|k| &rows[k * blocks..][..blocks]);
-    let mut sums = [[simd.splat(0.0); TILE]; K];
+    // Of each query, as many as there are rows.
+    let mut sums = [[simd.splat(0.0); 4]; TILE];
     for block in 0..blocks {
         for i in 0..BLOCK / S::LANES {
             let mut keys = [simd.splat(0.0); K];
@@ -74,24 +82,21 @@ fn tile<S: Simd, W: Weight, const K: usize>(
             for q in 0..TILE {
                 let query = simd.load(&query[q][block], i);
                 for k in 0..K {
-                    sums[k][q] = simd.fma(query, keys[k], sums[k][q]);
+                    sums[q][k] = simd.fma(query, keys[k], sums[q][k]);
                 }
             }
         }
     }
-    let mut out = [[0.0; TILE]; K];
-    for k in 0..K {
-        out[k] = simd.sum4(sums[k]);
-    }
-    out
-}
-
-/// The scores of each query of a tile.
-#[inline(always)]
-pub(super) fn by_query(scores: &Scores, out: &mut [Block]) {
-    for (q, out) in out.iter_mut().take(TILE).enumerate() {
-        for (out, scores) in out.iter_mut().zip(scores) {
-            *out = scores[q];
+    if K == 4 {
+        for q in 0..TILE {
+            out[q][first..][..4].copy_from_slice(&simd.sum4(sums[q]));
+        }
+    } else {
+        for k in 0..K {
+            let products = simd.sum4([sums[0][k], sums[1][k], sums[2][k], sums[3][k]]);
+            for q in 0..TILE {
+                out[q][first + k] = products[q];
+            }
         }
     }
 }

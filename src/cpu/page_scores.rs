@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use super::attention::Block;
 use super::attention_tiles::{Scores, TILE, products, raw};
-use super::pages::{Bytes, Field, Halves, Nibbles, prefetch_next};
+use super::pages::{Bytes, Field, Halves, Nibbles};
 use super::simd::{BLOCK, Simd, apart};
 use super::weights::{Apart4, Float16, Float32, Row, Signed8, Unsigned2, Weight};
 use crate::delta::{ChannelBits, DeltaFormat, KeyFormat, Page, PageLayout, Reference};
@@ -76,7 +76,6 @@ impl<'a> PageScores<'a> {
         while position < positions.end {
             let (page, first) = (position / tokens, position % tokens);
             let count = (tokens - first).min(positions.end - position);
-            prefetch_next(simd, self.layout, self.pages, page, first..first + count);
             if self.page != Some(page) {
                 self.page = Some(page);
                 self.open(simd, query);
@@ -158,27 +157,28 @@ impl<'a> PageScores<'a> {
                 let halves = &bytes[2 * first..2 * (first + places.len())];
                 Row::<Float16>::new(halves, &[]).decode(simd, &mut scales);
                 for (query, out) in query.chunks_exact(self.tile()).zip(out) {
-                    let out = &mut out[places.clone()];
-                    products::<S, Signed8>(simd, query, raw(&bytes[levels.clone()]), out);
-                    for (scores, scale) in out.iter_mut().zip(scales[0]) {
-                        scores.iter_mut().for_each(|score| *score *= scale);
+                    let levels = raw(&bytes[levels.clone()]);
+                    products::<S, Signed8>(simd, query, levels, out, places.clone());
+                    for out in out {
+                        let scores = out[places.clone()].iter_mut().zip(&scales[0]);
+                        scores.for_each(|(score, scale)| *score *= scale);
                     }
                 }
             }
             KeyFormat::Channel(bits) => {
                 let tiles = self.scaled.chunks_exact(self.tile()).zip(&self.base);
                 for ((query, base), out) in tiles.zip(out) {
-                    let (levels, out) = (&bytes[levels.clone()], &mut out[places.clone()]);
+                    let (levels, places) = (&bytes[levels.clone()], places.clone());
                     match bits {
                         ChannelBits::Four => {
-                            products::<S, Apart4>(simd, query, raw(levels), out);
+                            products::<S, Apart4>(simd, query, raw(levels), out, places.clone());
                         }
                         ChannelBits::Two => {
-                            products::<S, Unsigned2>(simd, query, raw(levels), out);
+                            products::<S, Unsigned2>(simd, query, raw(levels), out, places.clone());
                         }
                     }
-                    for scores in out {
-                        scores.iter_mut().zip(base).for_each(|(score, base)| *score += base);
+                    for (out, base) in out.iter_mut().zip(base) {
+                        out[places.clone()].iter_mut().for_each(|score| *score += base);
                     }
                 }
             }
@@ -247,7 +247,8 @@ impl<'a> PageScores<'a> {
                     *base = scores;
                 }
                 if token >= first {
-                    out[places.start + token - first] = scores;
+                    let place = places.start + token - first;
+                    out.iter_mut().zip(scores).for_each(|(out, score)| out[place] = score);
                 }
             }
         }
@@ -264,7 +265,9 @@ impl<'a> PageScores<'a> {
 #[inline(always)]
 fn start<S: Simd, W: Weight>(simd: S, query: &[Block], row: &[W::Raw], out: &mut [[f32; TILE]]) {
     for (query, out) in query.chunks_exact(TILE * row.len()).zip(out) {
-        products::<S, W>(simd, query, row, std::slice::from_mut(out));
+        let mut scores: Scores = [[0.0; BLOCK]; TILE];
+        products::<S, W>(simd, query, row, &mut scores, 0..1);
+        *out = scores.map(|scores| scores[0]);
     }
 }
 

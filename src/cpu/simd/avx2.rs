@@ -128,7 +128,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         let bytes = memory!(from[i / 2 * 8, 8] => |p| _mm_loadl_epi64(p.cast()));
         simd! {
             let pairs = _mm256_cvtepu8_epi32(bytes);
-            _mm256_cvtepi32_ps(if i % 2 == 0 {
+            _mm256_cvtepi32_ps(if i.is_multiple_of(2) {
                 _mm256_and_si256(pairs, _mm256_set1_epi32(15))
             } else {
                 _mm256_srli_epi32::<4>(pairs)
