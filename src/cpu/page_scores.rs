@@ -11,6 +11,9 @@
 //!
 //! so that a token costs what its levels cost, and a chain needs the score of the token before
 //! instead of its key.
+//!
+//! Nothing is asked for ahead: a burst of requests for the next page keeps the values waiting, which
+//! costs more than it gains (benches/runs/2026-11-25-epyc-depth).
 
 use std::ops::Range;
 
