@@ -202,6 +202,12 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Which device this is.
     fn device(&self) -> &DeviceInfo;
 
+    /// Bytes of all that lies on the device and was made by this backend or a clone of it, whoever
+    /// owns it; `None` where nobody counts.
+    fn held(&self) -> Option<u64> {
+        None
+    }
+
     /// Announces a model, so that a device can make ready beside the loading of its weights. Whatever
     /// was not announced is made ready when it is needed.
     fn announce(&self, _plan: &ModelPlan) {}

@@ -186,6 +186,19 @@ pub enum Error {
     Cancelled,
 }
 
+/// Characters of a message that quotes a file: a line or two of a terminal.
+const MAX_QUOTED: usize = 400;
+
+/// A message that quotes what stands in a file, without its end where that would fill the screen.
+pub(crate) fn shortened(message: impl Into<String>) -> String {
+    let mut message = message.into();
+    if let Some((end, _)) = message.char_indices().nth(MAX_QUOTED) {
+        message.truncate(end);
+        message.push_str("...");
+    }
+    message
+}
+
 fn hint(text: &str) -> String {
     if text.is_empty() { String::new() } else { format!(" ({text})") }
 }

@@ -64,6 +64,7 @@ pub mod bench;
 pub mod chat;
 pub mod checkpoint;
 pub mod conformance;
+mod contained;
 pub mod cpu;
 pub mod delta;
 #[cfg(feature = "demo")]

@@ -190,7 +190,7 @@ fn known_data_sets_are_read() {
             other => panic!("{line}: {other:?}"),
         }
     };
-    let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+    let pair = |a: &str, b: &str| (std::sync::Arc::<str>::from(a), b.to_owned());
     let (pairs, label) = choice(
         r#"{"sentence": "Tom gave Ann the ball and _ was glad .", "option1": "Tom", "option2": "Ann", "answer": "2"}"#,
     );

@@ -186,6 +186,10 @@ impl<B: Backend> Backend for Observed<B> {
         self.inner.device()
     }
 
+    fn held(&self) -> Option<u64> {
+        self.inner.held()
+    }
+
     fn announce(&self, plan: &ModelPlan) {
         self.inner.announce(plan);
     }

@@ -1,17 +1,17 @@
 //! The tensors of a directory: `model.safetensors`, or an index and its shards.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Mmap, MmapOptions};
 use rayon::prelude::*;
-use safetensors::tensor::Metadata;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 
 use super::config::Ternary;
 use super::files::Files;
+use super::header::read_header;
 use super::json::Object;
 use super::matrix::{Bytes, FloatType, MatrixSource};
 use crate::error::{Error, Result};
@@ -195,6 +195,11 @@ impl Tensors {
             Ternary::PackedDivide => 1.0 / stored_scale,
             _ => stored_scale,
         };
+        if !scale.is_finite() {
+            let message = format!("is {stored_scale}, by which nothing can be divided");
+            let name = format!("{name}.weight_scale");
+            return Err(self.wrong_value(&name, info, &message));
+        }
         let packed = map(info)?;
         // A fourth code would show that something else is packed here, or in another way.
         let foreign = packed.par_iter().position_any(|b| b & (b >> 1) & 0b01_01_01_01 != 0);
@@ -291,7 +296,12 @@ fn read_shard(files: &Files, name: &str) -> Result<BTreeMap<String, TensorInfo>>
     let whole = match &data {
         Data::File(file) => {
             let length = file.metadata().map_err(Error::io(&path))?.len();
-            Bytes::mapped(map_file(&path, file, 0, length as usize)?)
+            // On a machine of 32 bits a file may be larger than memory can be.
+            let length = usize::try_from(length).map_err(|_| Error::Malformed {
+                path: path.clone(),
+                message: format!("has {length} bytes, which cannot be mapped on this machine"),
+            })?;
+            Bytes::mapped(map_file(&path, file, 0, length)?)
         }
         Data::Memory(bytes) => bytes.clone(),
     };
@@ -319,28 +329,16 @@ fn read_shard(files: &Files, name: &str) -> Result<BTreeMap<String, TensorInfo>>
 fn open_file(path: &Path) -> Result<Data> {
     let malformed =
         |message: &str| Error::Malformed { path: path.to_owned(), message: message.into() };
-    let file = File::open(path).map_err(Error::io(path))?;
-    let metadata = file.metadata().map_err(Error::io(path))?;
+    // Before it is opened: a pipe would wait for a writer, which may never come.
+    let metadata = fs::metadata(path).map_err(Error::io(path))?;
     if !metadata.is_file() {
         return Err(malformed("is not a regular file"));
     }
+    let file = File::open(path).map_err(Error::io(path))?;
     if metadata.len() == 0 {
         return Err(malformed("is empty"));
     }
     Ok(Data::File(file))
-}
-
-/// The length of the header and what it says, or what is wrong with the file.
-fn read_header(whole: &[u8]) -> Result<(usize, Metadata), String> {
-    if whole.is_empty() {
-        return Err("is empty".into());
-    }
-    if whole.starts_with(b"version https://git-lfs") {
-        let message = "is a Git LFS pointer, not the weights: run `git lfs pull` in its directory";
-        return Err(message.into());
-    }
-    SafeTensors::read_metadata(whole)
-        .map_err(|error| format!("is not a whole safetensors file: {error}"))
 }
 
 fn map(info: &TensorInfo) -> Result<Bytes> {

@@ -119,6 +119,10 @@ impl Backend for Gpu {
         self.info()
     }
 
+    fn held(&self) -> Option<u64> {
+        Some(self.bytes())
+    }
+
     fn announce(&self, plan: &ModelPlan) {
         self.device.announce(kernels_of(plan, &self.device.tuning));
     }

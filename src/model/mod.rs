@@ -186,6 +186,12 @@ impl Model {
         self.engine.weight_bytes()
     }
 
+    /// Bytes held on the model's device, its weights and all of its sessions: what is left when those
+    /// are gone is as it was before them. `None` where nobody counts, as on the CPU.
+    pub fn device_bytes(&self) -> Option<u64> {
+        self.engine.device_bytes()
+    }
+
     /// The device that a model with these options would lie on, which is opened and closed again.
     ///
     /// # Errors
@@ -281,6 +287,7 @@ impl SessionShape {
 pub(crate) trait Engine: Send + Sync {
     fn device(&self) -> &DeviceInfo;
     fn weight_bytes(&self) -> u64;
+    fn device_bytes(&self) -> Option<u64>;
     fn max_top_k(&self) -> usize;
     fn look_ahead(&self) -> usize;
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed>;

@@ -239,6 +239,10 @@ impl<B: Backend> super::Engine for Transformer<B> {
         Transformer::weight_bytes(self)
     }
 
+    fn device_bytes(&self) -> Option<u64> {
+        self.backend.held()
+    }
+
     fn max_top_k(&self) -> usize {
         self.backend.max_top_k()
     }

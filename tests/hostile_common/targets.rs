@@ -1,0 +1,196 @@
+//! What is done with an input: each function takes bytes, and fails where the rule of
+//! [`super`] is broken. The fuzzers call nothing else.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use deltallm::chat::{ChatTemplate, Message};
+use deltallm::checkpoint::{Bytes, Checkpoint};
+use deltallm::delta::{AttentionPolicy, PolicyFile, Thresholds};
+use deltallm::eval::{PrepareOptions, Prepared, Task};
+use deltallm::gpu::Tunings;
+use deltallm::{
+    DeviceChoice, Error, GenerateOptions, Model, ModelOptions, Result, Session, SessionOptions,
+};
+
+use super::valid::{self, Files};
+use super::{Outcome, refused};
+
+/// What errors name where a model is in memory.
+const NAME: &str = "hostile-model";
+
+/// Opens a model that is in memory, on the CPU.
+pub fn open(files: &Files) -> Result<Model> {
+    let files = files.iter().map(|(name, bytes)| (name.clone(), bytes.clone()));
+    let checkpoint = Checkpoint::from_memory(NAME, files)?;
+    Model::open_checkpoint(checkpoint, &cpu(), |_| ControlFlow::Continue(()))
+}
+
+/// Opens a model directory on the CPU, and runs it.
+pub fn directory(path: &Path) -> Outcome {
+    match Model::open(path, &cpu()) {
+        Ok(model) => run(&model),
+        Err(error) => refused(&error, path.to_str().expect("UTF-8")),
+    }
+}
+
+fn cpu() -> ModelOptions {
+    ModelOptions { device: DeviceChoice::Cpu, threads: Some(1), ..ModelOptions::default() }
+}
+
+/// A model of which one file is replaced.
+pub fn model(files: &Files, name: &str, bytes: &[u8]) -> Outcome {
+    let mut files = files.clone();
+    files.insert(name.to_owned(), Bytes::from(bytes.to_vec()));
+    match open(&files) {
+        Ok(model) => run(&model),
+        Err(error) => refused(&error, NAME),
+    }
+}
+
+/// Runs a model that was opened: a prompt, some tokens, its chat template. That may fail, but only
+/// with an error.
+fn run(model: &Model) -> Outcome {
+    let options = SessionOptions {
+        context: Some(model.config().context.min(40)),
+        ..SessionOptions::default()
+    };
+    let step = || -> Result<()> {
+        let ids = model.tokenizer().encode("Hi, you!")?;
+        let mut session = Session::new(model, &options)?;
+        let logits = session.evaluate(&ids)?;
+        assert!(logits.iter().all(|x| x.is_finite()), "logits are finite or an error");
+        let sampling = model.config().sampling.clone();
+        let options = GenerateOptions { max_tokens: 3, sampling, ..GenerateOptions::default() };
+        for piece in session.generate(&[], &options)? {
+            piece?;
+        }
+        let ids = session.tokens().to_vec();
+        model.tokenizer().decode(&ids).map(drop)
+    };
+    let stepped = step();
+    let template = match ChatTemplate::of(model) {
+        Ok(None) => Outcome::Accepted,
+        Ok(Some(template)) => rendered(&template, NAME),
+        Err(error) => refused(&error, ""),
+    };
+    match (stepped, template) {
+        (Err(error), _) => refused(&error, ""),
+        (Ok(()), template) => template,
+    }
+}
+
+/// A model with this chat template.
+pub fn template(source: &[u8]) -> Outcome {
+    let source = String::from_utf8_lossy(source);
+    let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")];
+    match ChatTemplate::new(&source, tokens) {
+        Ok(template) => rendered(&template, "chat_template"),
+        Err(error) => refused(&error, "chat_template"),
+    }
+}
+
+fn rendered(template: &ChatTemplate, file: &str) -> Outcome {
+    let messages = [
+        Message::system("Be brief. "),
+        Message::user(" Who are you?\n"),
+        Message::assistant("Nobody."),
+        Message::user("{{ messages }}"),
+    ];
+    match template.render(&messages, true) {
+        Ok(_) => Outcome::Accepted,
+        Err(error) => refused(&error, file),
+    }
+}
+
+/// A file of its own, gone with the value.
+struct Written(tempfile::TempDir, PathBuf);
+
+impl Written {
+    fn new(name: &str, bytes: &[u8]) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join(name);
+        fs::write(&path, bytes).expect("written");
+        Self(dir, path)
+    }
+
+    fn judge<T>(&self, result: Result<T>) -> Outcome {
+        match result {
+            Ok(_) => Outcome::Accepted,
+            Err(error) => refused(&error, self.1.to_str().expect("UTF-8")),
+        }
+    }
+}
+
+/// A policy's file; what is read is written and read again as the same.
+pub fn policy_file(bytes: &[u8]) -> Outcome {
+    let file = Written::new("policy.json", bytes);
+    let read = PolicyFile::read(&file.1);
+    if let Ok(policy) = &read {
+        policy.write(&file.1).expect("written");
+        let again = PolicyFile::read(&file.1).expect("what is written is read");
+        assert_eq!(&again, policy);
+    }
+    file.judge(read)
+}
+
+/// A policy's text, and a text of thresholds; what is read is printed and read again as the same.
+pub fn policy_text(text: &[u8]) -> Outcome {
+    let text = String::from_utf8_lossy(text);
+    let thresholds: Result<Thresholds> = text.parse();
+    if let Ok(thresholds) = &thresholds {
+        assert_eq!(&thresholds.to_string().parse::<Thresholds>().expect("read"), thresholds);
+    }
+    let policy: Result<AttentionPolicy> = text.parse();
+    match (policy, thresholds) {
+        (Ok(policy), _) => {
+            assert_eq!(policy.to_string().parse::<AttentionPolicy>().expect("read"), policy);
+            Outcome::Accepted
+        }
+        (Err(_), Ok(_)) => Outcome::Accepted,
+        (Err(one), Err(other)) => {
+            refused(&other, "thresholds");
+            refused(&one, "")
+        }
+    }
+}
+
+/// A session's file; one that is loaded goes on, or says why not.
+pub fn session(bytes: &[u8]) -> Outcome {
+    let file = Written::new("session", bytes);
+    let loaded = Session::load(valid::opened(), &file.1);
+    if let Ok(mut session) = Session::load(valid::opened(), &file.1) {
+        let gone_on = session.evaluate(&[5, 6]).map(drop).and_then(|()| {
+            session.truncate(session.tokens().len().saturating_sub(20));
+            session.statistics()?;
+            session.evaluate(&[7])?;
+            session.save(&file.1)
+        });
+        if let Err(error) = gone_on {
+            assert!(!matches!(error, Error::Malformed { .. }), "{error}");
+            return refused(&error, "");
+        }
+    }
+    file.judge(loaded)
+}
+
+/// A file of tunings.
+pub fn tunings(bytes: &[u8]) -> Outcome {
+    let file = Written::new("tunings.json", bytes);
+    file.judge(Tunings::read(&file.1))
+}
+
+/// A task's file with this extension; its rows become tokens.
+pub fn task(extension: &str, bytes: &[u8]) -> Outcome {
+    let file = Written::new(&format!("task.{extension}"), bytes);
+    let read = Task::read(&file.1, 100);
+    if let Ok(task) = &read {
+        let options = PrepareOptions { length: 16, stride: 8, answer: 4 };
+        for row in &task.rows {
+            // Of a row without anything to be scored it says so, by the row's name.
+            let _ = Prepared::new(row, valid::opened().tokenizer(), &options);
+        }
+    }
+    file.judge(read)
+}
