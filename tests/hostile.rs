@@ -8,143 +8,19 @@
 
 mod hostile_common;
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
 use std::fs;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, MutexGuard, Once, PoisonError};
-use std::time::{Duration, Instant};
 
+use hostile_common::kind::Kind;
 use hostile_common::spoil::{self, Random};
 use hostile_common::valid::{self, json_of};
-use hostile_common::{Outcome, forged, memory, targets};
+use hostile_common::{Outcome, explosive, forged, memory, targets};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngSeed, TestRunner};
 use serde_json::{Value, json};
 
 #[global_allocator]
 static ALLOCATOR: memory::Counting = memory::Counting;
-
-/// One kind at a time: memory is counted for the whole process.
-static TURN: Mutex<()> = Mutex::new(());
-/// Where panics were, those among them that the crate has contained.
-static PANICS: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
-
-/// Far above what any input takes on a slow machine: it is stuck.
-const STUCK: Duration = Duration::from_secs(30);
-
-fn panics() -> MutexGuard<'static, BTreeMap<String, usize>> {
-    PANICS.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What was tried of a kind, and what came of it.
-struct Kind {
-    name: &'static str,
-    accepted: usize,
-    refused: usize,
-    most: usize,
-    slowest: Duration,
-    started: Instant,
-    /// What broke the rule: each message once, with how often and the first input.
-    failures: BTreeMap<String, (usize, String)>,
-    _turn: MutexGuard<'static, ()>,
-}
-
-impl Kind {
-    fn new(name: &'static str) -> Self {
-        static QUIET: Once = Once::new();
-        QUIET.call_once(|| {
-            let usual = std::panic::take_hook();
-            std::panic::set_hook(Box::new(move |panic| {
-                let here = panic.location().map(|place| place.file().to_owned());
-                let here = here.unwrap_or_default();
-                // The tests' own failures are to be read; those of libraries are counted.
-                if here.starts_with("tests/hostile.rs") {
-                    usual(panic);
-                } else {
-                    let line = panic.location().map_or(0, |place| place.line());
-                    let file = here.rsplit_once("/src/").map_or(&here[..], |(before, _)| before);
-                    let file = file.rsplit('/').next().unwrap_or_default();
-                    let inside = here.rsplit("/src/").next().unwrap_or_default();
-                    *panics().entry(format!("{file}: {inside}:{line}")).or_default() += 1;
-                }
-            }));
-        });
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        // What is made once is not counted with the first input.
-        valid::opened();
-        panics().clear();
-        Self {
-            name,
-            accepted: 0,
-            refused: 0,
-            most: 0,
-            slowest: Duration::ZERO,
-            started: Instant::now(),
-            failures: BTreeMap::new(),
-            _turn: turn,
-        }
-    }
-
-    fn inputs(&self) -> usize {
-        self.accepted + self.refused
-    }
-
-    /// Tries an input; what breaks the rule is told by [`Kind::done`].
-    fn feed(&mut self, what: &str, bytes: &[u8], target: impl FnOnce(&[u8]) -> Outcome) -> bool {
-        let start = Instant::now();
-        let (outcome, peak) = memory::peak_of(|| catch_unwind(AssertUnwindSafe(|| target(bytes))));
-        let elapsed = start.elapsed();
-        self.most = self.most.max(peak);
-        self.slowest = self.slowest.max(elapsed);
-        let accepted = matches!(outcome, Ok(Outcome::Accepted));
-        match accepted {
-            true => self.accepted += 1,
-            false => self.refused += 1,
-        }
-        if let Err(panic) = outcome {
-            let message = panic.downcast_ref::<String>().cloned();
-            let message = message.or(panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
-            self.fail(message.unwrap_or_default(), what, bytes);
-        }
-        if peak > memory::allowed(bytes.len()) {
-            let message =
-                format!("takes {} MB of memory and more", (peak >> 20).next_power_of_two());
-            self.fail(message, what, bytes);
-        }
-        if elapsed > STUCK {
-            self.fail("takes too long".into(), what, bytes);
-        }
-        accepted
-    }
-
-    fn fail(&mut self, message: String, what: &str, bytes: &[u8]) {
-        let start = String::from_utf8_lossy(&bytes[..bytes.len().min(300)]).into_owned();
-        let first = format!("{what}, {} bytes that begin with {start:?}", bytes.len());
-        self.failures.entry(message).or_insert((0, first)).0 += 1;
-    }
-
-    /// What was tried, and whether the rule held.
-    fn done(self, least: usize) {
-        println!(
-            "{:<22} {:>6} inputs, {:>5} accepted, {:>6} refused, {:>4} MB at most, slowest {:>5} ms, \
-             {:>5.1} s",
-            self.name,
-            self.inputs(),
-            self.accepted,
-            self.refused,
-            self.most >> 20,
-            self.slowest.as_millis(),
-            self.started.elapsed().as_secs_f64()
-        );
-        for (place, count) in panics().iter() {
-            println!("    a panic in {place}, {count} times");
-        }
-        let list = |(message, (count, first)): (&String, &(usize, String))| {
-            format!("\n  {count} times: {message}\n      {first}")
-        };
-        let failures: String = self.failures.iter().map(list).collect();
-        assert!(failures.is_empty(), "{}:{failures}", self.name);
-        assert!(self.inputs() >= least, "{}: only {} inputs", self.name, self.inputs());
-    }
-}
 
 /// Feeds a file of JSON, spoilt in every way of `spoil`.
 fn feed_json(
@@ -168,6 +44,35 @@ fn feed_json(
     }
     for (what, bytes) in spoil::never_valid() {
         assert!(!kind.feed(what, &bytes, target), "{}: takes {what}", kind.name);
+    }
+}
+
+/// Every kind has a fuzzer, and takes what is valid.
+#[test]
+fn every_kind_has_a_fuzzer() {
+    let fuzzers = include_str!("fuzz/Cargo.toml");
+    let mut kind = Kind::new("valid inputs");
+    for name in targets::NAMES {
+        assert!(fuzzers.contains(&format!("name = \"{name}\"\n")), "{name} has no fuzzer");
+        for seed in valid::seeds(name) {
+            assert!(kind.feed(name, &seed, |bytes| targets::by_name(name, bytes)), "{name}");
+        }
+    }
+    assert_eq!(fuzzers.matches("[[bin]]").count(), targets::NAMES.len());
+    kind.done(13);
+}
+
+/// Writes what fuzzers begin with.
+#[test]
+#[ignore = "writes tests/fuzz/corpus, which only fuzzers need"]
+fn seeds() {
+    let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus");
+    for name in targets::NAMES {
+        let dir = corpus.join(name);
+        fs::create_dir_all(&dir).expect("made");
+        for (i, seed) in valid::seeds(name).iter().enumerate() {
+            fs::write(dir.join(format!("valid-{i}")), seed).expect("written");
+        }
     }
 }
 
@@ -250,7 +155,7 @@ fn shards() {
     let files = valid::sharded();
     let name = "model.safetensors.index.json";
     let valid = json_of(&files[name]);
-    feed_json(&mut kind, &valid, 3, 200, &|bytes| targets::model(&files, name, bytes));
+    feed_json(&mut kind, &valid, 3, 200, &|bytes| targets::model(files, name, bytes));
     let first = valid["weight_map"].as_object().expect("a map").keys().next().expect("a tensor");
     for shard in
         ["", ".", "..", "/", "../part-0.safetensors", "/dev/zero", "a/b", "config.json", "absent"]
@@ -258,7 +163,7 @@ fn shards() {
         let mut spoilt = valid.clone();
         spoilt["weight_map"][first] = shard.into();
         let bytes = spoilt.to_string().into_bytes();
-        let taken = kind.feed(shard, &bytes, |bytes| targets::model(&files, name, bytes));
+        let taken = kind.feed(shard, &bytes, |bytes| targets::model(files, name, bytes));
         assert!(!taken, "{shard}");
     }
     kind.done(700);
@@ -271,179 +176,14 @@ fn tokenizers() {
     let valid = json_of(&files["tokenizer.json"]);
     let target = |bytes: &[u8]| targets::model(files, "tokenizer.json", bytes);
     feed_json(&mut kind, &valid, 3, 400, &target);
-    for (what, changed) in inconsistent_tokenizers(&valid) {
+    for (what, changed) in explosive::inconsistent_tokenizers(&valid) {
         kind.feed(what, changed.to_string().as_bytes(), target);
     }
-    for (what, changed) in explosive_tokenizers(&valid) {
+    for (what, changed) in explosive::explosive_tokenizers(&valid) {
         let taken = kind.feed(what, changed.to_string().as_bytes(), target);
         assert!(!taken, "{what}: it is taken");
     }
     kind.done(2500);
-}
-
-/// Tokenizers whose parts contradict each other, and those of other kinds than ours.
-fn inconsistent_tokenizers(valid: &Value) -> Vec<(&'static str, Value)> {
-    let changed = |part: &str, value: Value| {
-        let mut tokenizer = valid.clone();
-        tokenizer[part] = value;
-        tokenizer
-    };
-    let of_model = |change: &dyn Fn(&mut Value)| {
-        let mut tokenizer = valid.clone();
-        change(&mut tokenizer["model"]);
-        tokenizer
-    };
-    let added = |id: u64, content: &str| {
-        json!([{ "id": id, "content": content, "single_word": false, "lstrip": false,
-                 "rstrip": false, "normalized": false, "special": true }])
-    };
-    let special = |ids: Value| {
-        json!({ "type": "TemplateProcessing", "pair": [],
-                "single": [{ "SpecialToken": { "id": "x", "type_id": 0 } },
-                           { "Sequence": { "id": "A", "type_id": 0 } }],
-                "special_tokens": { "x": { "id": "x", "ids": ids, "tokens": ["x"] } } })
-    };
-    let split = |pattern: &str| {
-        json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated",
-                "invert": false })
-    };
-    vec![
-        ("two tokens of one id", of_model(&|m| m["vocab"]["!"] = json!(3))),
-        ("a gap", of_model(&|m| m["vocab"]["!"] = json!(299))),
-        ("an id beyond the embedding", of_model(&|m| m["vocab"]["!"] = json!(300))),
-        ("an id of 32 bits", of_model(&|m| m["vocab"]["!"] = json!(u32::MAX))),
-        ("no vocabulary", of_model(&|m| m["vocab"] = json!({}))),
-        ("a merge of nothing", of_model(&|m| m["merges"] = json!([["", ""]]))),
-        ("a merge of strangers", of_model(&|m| m["merges"] = json!([["zz", "yy"]]))),
-        ("half a merge", of_model(&|m| m["merges"] = json!(["a"]))),
-        ("an unknown token that is not there", of_model(&|m| m["unk_token"] = json!("nowhere"))),
-        ("all tokens dropped", of_model(&|m| m["dropout"] = json!(1e30))),
-        ("a prefix", of_model(&|m| m["continuing_subword_prefix"] = json!("aaaaaaaaaa"))),
-        ("bytes that are not there", of_model(&|m| m["byte_fallback"] = json!(true))),
-        ("a Unigram of nothing", changed("model", json!({ "type": "Unigram", "vocab": [] }))),
-        (
-            "a Unigram without its unknown token",
-            changed("model", json!({ "type": "Unigram", "unk_id": 9, "vocab": [["a", 0.0]] })),
-        ),
-        (
-            "a Unigram of infinities",
-            changed(
-                "model",
-                json!({ "type": "Unigram", "unk_id": 0, "vocab": [["a", -1e308], ["", 1e308]] }),
-            ),
-        ),
-        (
-            "a WordPiece of nothing",
-            changed(
-                "model",
-                json!({ "type": "WordPiece", "vocab": {}, "unk_token": "?",
-                        "continuing_subword_prefix": "", "max_input_chars_per_word": 0 }),
-            ),
-        ),
-        (
-            "words",
-            changed("model", json!({ "type": "WordLevel", "vocab": { "a": 7 }, "unk_token": "b" })),
-        ),
-        ("an added token beyond the embedding", changed("added_tokens", added(4000, "<x>"))),
-        ("an added token of another id", changed("added_tokens", added(5, "!"))),
-        ("an empty added token", changed("added_tokens", added(0, ""))),
-        ("a special token beyond the embedding", changed("post_processor", special(json!([9999])))),
-        ("a special token of no id", changed("post_processor", special(json!([])))),
-        (
-            "a template of the text that is not there",
-            changed(
-                "post_processor",
-                json!({ "type": "TemplateProcessing", "pair": [], "special_tokens": {},
-                        "single": [{ "Sequence": { "id": "B", "type_id": 0 } }] }),
-            ),
-        ),
-        ("a class without end", changed("pre_tokenizer", split("[a"))),
-        ("a pattern that looks back and forth", changed("pre_tokenizer", split("(a*)*\\1b(?=c)$"))),
-        ("a pattern of millions", changed("pre_tokenizer", split("((a{999}){999}){999}"))),
-        ("a deep pattern", changed("pre_tokenizer", split(&"(".repeat(9999)))),
-        ("an empty pattern", changed("pre_tokenizer", split(""))),
-        (
-            "pieces of no length",
-            changed("pre_tokenizer", json!({ "type": "FixedLength", "length": 0 })),
-        ),
-        (
-            "a decoder that cuts more than there is",
-            changed("decoder", json!({ "type": "Strip", "content": "H", "start": 0, "stop": 9 })),
-        ),
-        (
-            "a normaliser that is not base64",
-            changed("normalizer", json!({ "type": "Precompiled", "precompiled_charsmap": "!" })),
-        ),
-        (
-            "a normaliser whose table lies",
-            changed(
-                "normalizer",
-                json!({ "type": "Precompiled", "precompiled_charsmap": "/////w==" }),
-            ),
-        ),
-        (
-            "truncation to less than nothing",
-            changed(
-                "truncation",
-                json!({ "max_length": 0,
-            "strategy": "LongestFirst", "stride": 9, "direction": "Right" }),
-            ),
-        ),
-        (
-            "padding to no multiple",
-            changed(
-                "padding",
-                json!({ "strategy": { "Fixed": 1u64 << 40 },
-            "direction": "Left", "pad_to_multiple_of": 0, "pad_id": 0, "pad_type_id": 0,
-            "pad_token": "x" }),
-            ),
-        ),
-    ]
-}
-
-/// Tokenizers that make a gigabyte of a letter.
-fn explosive_tokenizers(valid: &Value) -> Vec<(&'static str, Value)> {
-    let changed = |part: &str, value: Value| {
-        let mut tokenizer = valid.clone();
-        tokenizer[part] = value;
-        tokenizer
-    };
-    let sequence = |list: &str, part: Value, count: usize| json!({ "type": "Sequence", list: vec![part; count] });
-    let double = json!({ "type": "Replace", "pattern": { "String": "a" }, "content": "aa" });
-    let between = json!({ "type": "Replace", "pattern": { "Regex": "" }, "content": "aaaa" });
-    let twice = json!({ "type": "TemplateProcessing", "pair": [], "special_tokens": {},
-        "single": [{ "Sequence": { "id": "A", "type_id": 0 } },
-                   { "Sequence": { "id": "A", "type_id": 0 } }] });
-    let piece = json!({ "SpecialToken": { "id": "x", "type_id": 0 } });
-    let many = json!({ "type": "TemplateProcessing", "pair": [],
-        "single": vec![piece; 20_000],
-        "special_tokens": { "x": { "id": "x", "ids": vec![0; 20_000], "tokens": vec!["x"; 20_000] } } });
-    let bytes = json!({ "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true,
-        "use_regex": false });
-    let chain = |list: &str| {
-        let inner = json!({ "type": "Sequence", list: [] });
-        (0..40).fold(inner, |inner, _| json!({ "type": "Sequence", list: [inner] }))
-    };
-    vec![
-        (
-            "letters doubled forty times",
-            changed("normalizer", sequence("normalizers", double.clone(), 40)),
-        ),
-        ("letters between letters", changed("normalizer", sequence("normalizers", between, 12))),
-        ("bytes of bytes of bytes", changed("pre_tokenizer", sequence("pretokenizers", bytes, 40))),
-        (
-            "the text twice, forty times",
-            changed("post_processor", sequence("processors", twice, 40)),
-        ),
-        ("twenty thousand times as many tokens", changed("post_processor", many)),
-        (
-            "a letter's text doubled forty times",
-            changed("decoder", sequence("decoders", double, 40)),
-        ),
-        ("sequences in sequences to normalise", changed("normalizer", chain("normalizers"))),
-        ("sequences in sequences to split", changed("pre_tokenizer", chain("pretokenizers"))),
-        ("sequences in sequences to decode", changed("decoder", chain("decoders"))),
-    ]
 }
 
 #[test]
@@ -464,7 +204,7 @@ fn tokenizer_configurations() {
 fn templates() {
     let mut kind = Kind::new("chat template");
     assert!(kind.feed("the valid one", valid::TEMPLATE.as_bytes(), targets::template));
-    for source in EXPLOSIVE_TEMPLATES {
+    for source in explosive::TEMPLATES {
         let taken = kind.feed(source, source.as_bytes(), targets::template);
         assert!(!taken, "{source}: it is rendered");
     }
@@ -483,6 +223,12 @@ fn templates() {
     }
     let nested = format!("{}x{}", "{% if 1 %}".repeat(5000), "{% endif %}".repeat(5000));
     kind.feed("deep blocks", nested.as_bytes(), targets::template);
+
+    let mut numbers = Random(6);
+    for _ in 0..200 {
+        let source = explosive::growing_template(&mut numbers);
+        kind.feed("growing", source.as_bytes(), targets::template);
+    }
 
     // Those of real models, of which tests/chat.rs knows what they give.
     let real: Value =
@@ -508,37 +254,6 @@ fn templates() {
     }
     kind.done(3000);
 }
-
-/// Templates that never end, or that take all memory there is.
-const EXPLOSIVE_TEMPLATES: [&str; 27] = [
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{% include 'chat_template' %}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{% for a in messages recursive %}{{ loop(messages) }}{% endfor %}",
-    "{{ 'x' * 99999999 }}",
-    "{{ 'x' * 99999 * 999 }}",
-    "{{ ('x' * 999) * 999 * 90 }}",
-    "{{ [1] * 99999999 }}",
-    "{{ ([1] * 99999999) | list }}",
-    "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x | length }}",
-    "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "{% set ns = namespace(x='xxxx') %}{% for i in range(99999) %}{% set ns.x = 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' ~ ns.x %}{% endfor %}",
-    "{% macro f(x, n) %}{% if n %}{{ f(x ~ x, n - 1) }}{% endif %}{% endmacro %}{{ f('x', 99) }}",
-    "{% macro f(x, y=x ~ x) %}{{ f(y) }}{% endmacro %}{{ f('xxxxxxxx') }}",
-    "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set t %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = t %}{% endfor %}",
-    "{% set ns = namespace(x=['x']) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-    "{% set ns = namespace(x=['x']) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson }}",
-    "{% set ns = namespace(x=['x']) %}{% for i in range(99) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}{{ (ns.x ~ '') | length }}",
-    "{% set ns = namespace(x=['x']) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | join('') }}",
-    "{% set ns = namespace(x='xx') %}{% for i in range(99) %}{% set ns.x = ns.x | replace('x', ns.x) %}{% endfor %}",
-    "{% set ns = namespace(x='xx') %}{% for i in range(99) %}{% set ns.x = ns.x.replace('x', ns.x) %}{% endfor %}",
-    "{% set ns = namespace(x='xx') %}{% for i in range(99) %}{% set ns.x = ns.x.join([ns.x, ns.x, ns.x]) %}{% endfor %}",
-    "{{ 'a' | indent(99999999999) }}",
-    "{{ '%99999999999d' | format(1) }}",
-    "{{ '{:>99999999999}'.format(1) }}",
-    "{{ [1] | batch(99999999999, 'x') | list }}",
-    "{{ [1] | slice(99999999999, 'x') | list }}",
-];
 
 #[test]
 fn policies() {
@@ -700,6 +415,119 @@ fn tasks() {
         targets::task("json", bytes)
     });
     kind.done(4000);
+}
+
+/// JSON of whatever shape, with the names that rows and policies have.
+fn any_json(names: &'static [&'static str]) -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        (-2i64..12).prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        "[ -~]{0,8}|\\PC{0,3}".prop_map(Value::from),
+        proptest::sample::select(names).prop_map(Value::from),
+    ];
+    leaf.prop_recursive(5, 40, 6, move |inner| {
+        let name = prop_oneof![
+            8 => proptest::sample::select(names).prop_map(str::to_owned),
+            1 => "\\PC{0,4}",
+        ];
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+            prop::collection::vec((name, inner), 0..8).prop_map(|entries| Value::from(
+                entries.into_iter().collect::<serde_json::Map<_, _>>()
+            )),
+        ]
+    })
+}
+
+/// What a property test makes; what breaks the rule is made as small as it gets.
+fn feed_any<T: Strategy>(
+    kind: &mut Kind,
+    cases: u32,
+    strategy: T,
+    text: fn(&T::Value) -> String,
+    target: &dyn Fn(&[u8]) -> Outcome,
+) {
+    let config = Config {
+        cases,
+        failure_persistence: None,
+        rng_seed: RngSeed::Fixed(1),
+        ..Config::default()
+    };
+    let kind = RefCell::new(kind);
+    let run = TestRunner::new(config).run(&strategy, |value| {
+        let mut kind = kind.borrow_mut();
+        let before = kind.failed();
+        kind.feed("any", text(&value).as_bytes(), target);
+        prop_assert!(kind.failed() == before, "it breaks the rule");
+        Ok(())
+    });
+    if let Err(error) = run {
+        kind.borrow_mut().fail(error.to_string(), "at the least", b"");
+    }
+}
+
+#[test]
+fn whatever_is_json() {
+    let mut kind = Kind::new("any JSON");
+    let rows = any_json(&[
+        "text",
+        "context",
+        "choices",
+        "label",
+        "question",
+        "question_stem",
+        "answers",
+        "answer",
+        "answerKey",
+        "depth",
+        "length",
+        "sentence",
+        "option1",
+        "option2",
+        "goal",
+        "sol1",
+        "sol2",
+        "ctx_a",
+        "ctx_b",
+        "activity_label",
+        "endings",
+        "doc",
+        "arguments",
+        "target",
+        "gen_args_0",
+        "arg_0",
+        "arg_1",
+        "id",
+        "title",
+        "prompt",
+        "no_answer",
+        "a _ b",
+        "1",
+    ]);
+    feed_any(&mut kind, 3000, rows, Value::to_string, &|bytes| targets::task("jsonl", bytes));
+    let squad = any_json(&["data", "paragraphs", "qas", "context", "question", "answers", "title"]);
+    feed_any(&mut kind, 1000, squad, Value::to_string, &|bytes| targets::task("json", bytes));
+    let policy = any_json(&[
+        "format",
+        "deltallm policy",
+        "version",
+        "policy",
+        "delta",
+        "thresholds",
+        "calibration",
+        "model",
+        "measured",
+        "dense",
+    ]);
+    feed_any(&mut kind, 1000, policy, Value::to_string, &targets::policy_file);
+    let text = "(dense|delta|paper|)( (keys|theta|sink|page|window|alpha)=[-0-9.a-z]{0,6}){0,4}";
+    feed_any(&mut kind, 1000, text, String::clone, &targets::policy_text);
+    let template = "(\\{\\{|\\{%|set|for|in|ns|messages|if|~|\\+|\\*|\\||trim|tojson|'x'|\\(|\\)|\\[|\\]| |%\\}|\\}\\}){0,24}";
+    feed_any(&mut kind, 2000, template, String::clone, &targets::template);
+    kind.done(8000);
 }
 
 #[test]

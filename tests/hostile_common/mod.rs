@@ -7,7 +7,9 @@
 
 #![allow(dead_code, reason = "each user of this module takes a part of it")]
 
+pub mod explosive;
 pub mod forged;
+pub mod kind;
 pub mod memory;
 pub mod spoil;
 pub mod targets;

@@ -20,6 +20,44 @@ use super::{Outcome, refused};
 /// What errors name where a model is in memory.
 const NAME: &str = "hostile-model";
 
+/// The kinds of input, each a fuzzer of its own.
+pub const NAMES: [&str; 13] = [
+    "config",
+    "generation_config",
+    "weights",
+    "shards",
+    "tokenizer",
+    "tokenizer_config",
+    "template",
+    "policy_file",
+    "policy_text",
+    "session",
+    "tunings",
+    "task_lines",
+    "task_squad",
+];
+
+/// Does with an input what is done with one of this kind.
+pub fn by_name(name: &str, bytes: &[u8]) -> Outcome {
+    let of_model = |file| model(&valid::models()[0], file, bytes);
+    match name {
+        "config" => of_model("config.json"),
+        "generation_config" => of_model("generation_config.json"),
+        "weights" => of_model("model.safetensors"),
+        "shards" => model(valid::sharded(), "model.safetensors.index.json", bytes),
+        "tokenizer" => of_model("tokenizer.json"),
+        "tokenizer_config" => of_model("tokenizer_config.json"),
+        "template" => template(bytes),
+        "policy_file" => policy_file(bytes),
+        "policy_text" => policy_text(bytes),
+        "session" => session(bytes),
+        "tunings" => tunings(bytes),
+        "task_lines" => task("jsonl", bytes),
+        "task_squad" => task("json", bytes),
+        _ => panic!("there is no kind {name:?}"),
+    }
+}
+
 /// Opens a model that is in memory, on the CPU.
 pub fn open(files: &Files) -> Result<Model> {
     let files = files.iter().map(|(name, bytes)| (name.clone(), bytes.clone()));

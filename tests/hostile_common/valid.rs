@@ -79,7 +79,12 @@ pub fn models() -> &'static [Files; 2] {
 }
 
 /// The first model with its tensors in two shards.
-pub fn sharded() -> Files {
+pub fn sharded() -> &'static Files {
+    static SHARDED: OnceLock<Files> = OnceLock::new();
+    SHARDED.get_or_init(cut_in_two)
+}
+
+fn cut_in_two() -> Files {
     let mut files = models()[0].clone();
     let whole = files.remove("model.safetensors").expect("weights");
     let all = safetensors::SafeTensors::deserialize(&whole).expect("tensors");
@@ -191,6 +196,28 @@ pub fn squad() -> Value {
         "qas": [{ "question": "Who?", "id": "1", "answers": [{ "text": "Tom", "answer_start": 0 }] },
                 { "question": "Why?", "id": "2", "answers": [], "is_impossible": true }],
     }] }] })
+}
+
+/// Valid inputs of a kind of [`targets::NAMES`].
+pub fn seeds(name: &str) -> Vec<Vec<u8>> {
+    let of_models = |file: &str| models().iter().map(|files| files[file].to_vec()).collect();
+    let texts = |texts: &[&str]| texts.iter().map(|text| text.as_bytes().to_vec()).collect();
+    match name {
+        "config" => of_models("config.json"),
+        "generation_config" => of_models("generation_config.json"),
+        "weights" => of_models("model.safetensors"),
+        "shards" => vec![sharded()["model.safetensors.index.json"].to_vec()],
+        "tokenizer" => of_models("tokenizer.json"),
+        "tokenizer_config" => of_models("tokenizer_config.json"),
+        "template" => texts(&[TEMPLATE]),
+        "policy_file" => vec![policy_file().to_string().into_bytes()],
+        "policy_text" => texts(&POLICIES),
+        "session" => sessions(),
+        "tunings" => vec![tunings().to_string().into_bytes()],
+        "task_lines" => rows().iter().map(|row| row.to_string().into_bytes()).collect(),
+        "task_squad" => vec![squad().to_string().into_bytes()],
+        _ => panic!("there is no kind {name:?}"),
+    }
 }
 
 pub fn json_of(bytes: &Bytes) -> Value {
