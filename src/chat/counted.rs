@@ -416,9 +416,9 @@ impl<'a> Tag<'a> {
                 last = if self.is_slice(from) { Last::Made } else { Last::Plain };
             } else if self.is_sign(self.at, &["("]) {
                 let named = self.at == first + 1;
-                // The engine knows these two by their place.
-                let special =
-                    named && (self.is_name(first, "loop") || self.is_name(first, "super"));
+                // The engine knows the first two by their place; the third has its own bound.
+                let known = ["loop", "super", "range"];
+                let special = named && known.iter().any(|name| self.is_name(first, name));
                 self.brackets(depth)?;
                 last = match (special, named) {
                     (true, _) => Last::Plain,
@@ -511,6 +511,7 @@ mod tests {
             "{{ a.b[0]['c'] }}",
             "{% if a == b and c is defined %}x{% endif %}",
             "{% for a, b in c %}{{ loop(c) }}{% endfor %}",
+            "{% for a in range(3) %}{% endfor %}",
             "{% macro f(a, b=1) %}{% endmacro %}",
             "{% call f(a) %}{% endcall %}",
             "{% set a.b = c %}",

@@ -153,15 +153,17 @@ impl ModelConfig {
     /// Weights of the model: those that the forward pass multiplies or adds, norms and embedding
     /// included; scales of ternary matrices are not counted.
     pub fn parameters(&self) -> u64 {
-        let (hidden, wide) = (self.hidden as u64, self.intermediate as u64);
-        let (q, kv) = (self.attention.width() as u64, self.attention.kv_width() as u64);
+        // Of a configuration that lies, the number may be beyond 64 bits.
+        let (hidden, wide) = (self.hidden as u128, self.intermediate as u128);
+        let (q, kv) = (self.attention.width() as u128, self.attention.kv_width() as u128);
         let sub_norms = match self.architecture {
             Architecture::Llama => 0,
             Architecture::BitNet => hidden + wide,
         };
         let layer = hidden * (2 * q + 2 * kv + 3 * wide) + 2 * hidden + sub_norms;
         let tables = if self.tied_head == Some(true) { 1 } else { 2 };
-        self.layers as u64 * layer + hidden + tables * hidden * self.vocabulary as u64
+        let all = self.layers as u128 * layer + hidden + tables * hidden * self.vocabulary as u128;
+        u64::try_from(all).unwrap_or(u64::MAX)
     }
 
     fn parse(config: &Object) -> Result<Self> {

@@ -10,6 +10,7 @@ use deltallm::checkpoint::{Bytes, Checkpoint};
 use deltallm::delta::{AttentionPolicy, PolicyFile, Thresholds};
 use deltallm::eval::{PrepareOptions, Prepared, Task};
 use deltallm::gpu::Tunings;
+use deltallm::model::{WeightFormat, plan_memory};
 use deltallm::{
     DeviceChoice, Error, GenerateOptions, Model, ModelOptions, Result, Session, SessionOptions,
 };
@@ -62,6 +63,11 @@ pub fn by_name(name: &str, bytes: &[u8]) -> Outcome {
 pub fn open(files: &Files) -> Result<Model> {
     let files = files.iter().map(|(name, bytes)| (name.clone(), bytes.clone()));
     let checkpoint = Checkpoint::from_memory(NAME, files)?;
+    // What is told of a model before its weights are looked at.
+    let config = &checkpoint.config;
+    let context = config.context.min(4096);
+    let plan = plan_memory(config, 2, WeightFormat::Q4, context, &AttentionPolicy::delta());
+    assert!(config.parameters() > 0 && plan.total() > 0);
     Model::open_checkpoint(checkpoint, &cpu(), |_| ControlFlow::Continue(()))
 }
 
