@@ -223,6 +223,24 @@ fn templates() {
     }
     let nested = format!("{}x{}", "{% if 1 %}".repeat(5000), "{% endif %}".repeat(5000));
     kind.feed("deep blocks", nested.as_bytes(), targets::template);
+    let branches = format!("{{% if 0 %}}{}{{% endif %}}", "{% elif 0 %}".repeat(50_000));
+    kind.feed("many branches", branches.as_bytes(), targets::template);
+    for (first, more) in [
+        ("1", " ~ 1"),
+        ("x", ".y"),
+        ("x", "[0]"),
+        ("x", "|list"),
+        ("1", " and 1"),
+        ("f", "()"),
+        ("1", " == 1"),
+        ("1", " is odd"),
+        ("1", " if 1 else 1"),
+        ("1", " ** 1"),
+        ("'a'", " 'a'"),
+    ] {
+        let chain = format!("{{{{ {first}{} }}}}", more.repeat(50_000));
+        kind.feed(more, chain.as_bytes(), targets::template);
+    }
 
     let mut numbers = Random(6);
     for _ in 0..200 {
@@ -375,7 +393,7 @@ fn tasks() {
     }
     let rows: Vec<String> = valid::rows().iter().map(Value::to_string).collect();
     kind.feed("every kind in one file", rows.join("\n").as_bytes(), target);
-    let long = |text: &str| text.repeat(1 << 20);
+    let long = |text: &str| text.repeat(1 << 18);
     let wide = |count: usize| vec!["b"; count];
     let context = "c".repeat(300_000);
     for (what, row) in [
@@ -536,7 +554,7 @@ fn places_where_files_should_be() {
     let files = valid::sharded();
     let names: Vec<&String> = files.keys().collect();
     let write = || {
-        let dir = tempfile::tempdir().expect("a directory");
+        let dir = valid::directory();
         files.iter().for_each(|(name, bytes)| {
             fs::write(dir.path().join(name), &bytes[..]).expect("written")
         });

@@ -25,6 +25,10 @@ const FACTOR: &str = "|deltallm_factor";
 const MAX_FACTOR: i64 = 1000;
 /// Brackets within each other; the engine has a limit of its own, at 150.
 const MAX_DEPTH: usize = 200;
+/// Words of an expression: the engine calls itself for each that stands on those before it.
+const MAX_WORDS: usize = 500;
+/// Branches of one `if`, for which it calls itself too.
+const MAX_BRANCHES: usize = 500;
 /// Bytes that a template may capture of its own text, as of the body of a macro.
 const MAX_CAPTURED: u64 = 64 << 20;
 
@@ -91,7 +95,7 @@ fn spend_factor(value: &Value) -> Result<(), Error> {
 /// Brackets without end; a product of three, of which the first two have no name to be charged by.
 pub fn source(source: &str, fuel: u64) -> Result<(String, u64), Error> {
     let mut out = String::with_capacity(2 * source.len());
-    let (mut rest, mut captures, mut longest) = (source, 0u64, 0);
+    let (mut rest, mut captures, mut longest, mut branches) = (source, 0u64, 0, 0);
     while let Some(start) = ["{{", "{%", "{#"].iter().filter_map(|tag| rest.find(tag)).min() {
         if captures > 0 {
             longest = longest.max(start);
@@ -106,6 +110,15 @@ pub fn source(source: &str, fuel: u64) -> Result<(String, u64), Error> {
                 let tokens = tokens(&tag[2..], block);
                 if let Some(end) = tokens.end {
                     let mut words = Tag { list: &tokens.list, at: 0, charges: Vec::new() };
+                    // A new `if` within may be forgotten by the outer: it is for too many in a row.
+                    match words.kind(0) {
+                        Some(Kind::Name("elif")) if block => branches += 1,
+                        Some(Kind::Name("if" | "endif")) if block => branches = 0,
+                        _ => {}
+                    }
+                    if branches > MAX_BRANCHES {
+                        return Err(refused(format!("has more than {MAX_BRANCHES} branches")));
+                    }
                     match if block { words.statement()? } else { words.expression()? } {
                         Capture::Begins => captures += 1,
                         Capture::Ends => captures = captures.saturating_sub(1),
@@ -356,8 +369,14 @@ impl<'a> Tag<'a> {
             return Err(refused("nests brackets too deep"));
         }
         // Of a product of three, the first two have no place for a charge.
-        let (mut products, mut follows_operand) = (0, false);
+        let (mut products, mut follows_operand, mut from) = (0, false, self.at);
         while let Some(kind) = self.kind(self.at) {
+            if matches!(kind, Kind::Sign("," | ":")) {
+                from = self.at;
+            }
+            if self.at - from > MAX_WORDS {
+                return Err(refused(format!("has an expression of more than {MAX_WORDS} words")));
+            }
             let is_operand = match kind {
                 Kind::Sign(")" | "]" | "}") => return Ok(()),
                 Kind::Sign("(" | "[" | "{") | Kind::Literal => true,
@@ -407,6 +426,9 @@ impl<'a> Tag<'a> {
             }
         };
         loop {
+            if self.at - first > MAX_WORDS {
+                return Err(refused(format!("has an expression of more than {MAX_WORDS} words")));
+            }
             if self.is_sign(self.at, &["."]) {
                 self.at += 2;
                 last = Last::Plain;

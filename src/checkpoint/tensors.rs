@@ -366,7 +366,11 @@ fn map_file(path: &Path, file: &File, offset: u64, length: usize) -> Result<Mmap
     Ok(map)
 }
 
+/// The name of a file in the same directory, of a length that files may have.
 fn is_plain_name(name: &str) -> bool {
+    if name.len() > 255 {
+        return false;
+    }
     let mut parts = Path::new(name).components();
     matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
 }

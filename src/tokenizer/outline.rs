@@ -109,7 +109,8 @@ fn own_growth(part: &Value) -> Result<f64, String> {
         most = most.max(2.0);
     }
     if let Some(map) = text("precompiled_charsmap") {
-        most = most.max(longest_replacement(map).unwrap_or(0) as f64);
+        let longest = longest_replacement(map).ok_or("has a character map that is none")?;
+        most = most.max(longest as f64);
     }
     if let Some(single) = part.get("single").and_then(Value::as_array) {
         most = most.max(template(part, single)?);
@@ -137,11 +138,12 @@ fn template(part: &Value, single: &[Value]) -> Result<f64, String> {
 
 /// The longest text in a character map of SentencePiece, which is a table of a size that it says, and
 /// behind it what characters become, each with a zero at its end. `None` where it is no such map: the
-/// library says so.
+/// library panics on what is not base64, and takes gigabytes for a table whose size is a lie.
 fn longest_replacement(map: &str) -> Option<usize> {
     let bytes = base64(map)?;
     let (size, rest) = bytes.split_first_chunk::<4>()?;
-    let texts = rest.get(u32::from_le_bytes(*size) as usize..)?;
+    // Of whole words.
+    let texts = rest.get(u32::from_le_bytes(*size) as usize / 4 * 4..)?;
     texts.split(|&byte| byte == 0).map(<[u8]>::len).max()
 }
 
@@ -229,6 +231,8 @@ mod tests {
         assert!(error.contains("5.000e3 bytes"), "{error}");
         assert_eq!(longest_replacement("!"), None);
         assert_eq!(longest_replacement("/////w=="), None);
+        let error = checked("normalizer", &value("/////w==".into())).expect_err("a lie");
+        assert!(error.contains("a character map that is none"), "{error}");
     }
 
     #[test]

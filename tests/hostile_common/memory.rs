@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// what a chat template may spend.
 const FREE: usize = 96 << 20;
 /// Bytes for each byte of an input. A JSON number of two characters takes 32 bytes, and a list
-/// that grows is there twice.
-const EACH: usize = 128;
+/// that grows is there twice; the tokenizer library takes 150 bytes for each of a text.
+const EACH: usize = 256;
 /// Where allocations fail, so that a bomb ends this process and not the machine.
 const END: usize = 3 << 30;
 

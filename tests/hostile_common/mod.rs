@@ -33,6 +33,7 @@ const MOST: usize = 1000;
 pub fn refused(error: &Error, file: &str) -> Outcome {
     let message = error.to_string();
     assert!(message.contains(file), "the message does not name {file:?}: {message}");
-    assert!(message.len() < MOST, "a message of {} bytes: {message:.200}...", message.len());
+    let length = message.chars().count();
+    assert!(length < MOST, "a message of {length} characters: {message:.200}...");
     Outcome::Refused(message)
 }

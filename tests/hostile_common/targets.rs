@@ -148,21 +148,25 @@ fn rendered(template: &ChatTemplate, file: &str) -> Outcome {
     }
 }
 
-/// A file of its own, gone with the value.
-struct Written(tempfile::TempDir, PathBuf);
+thread_local! {
+    /// One for all inputs: to make and remove thousands takes longer than what is tested.
+    static DIR: tempfile::TempDir = valid::directory();
+}
+
+/// A file with an input.
+struct Written(PathBuf);
 
 impl Written {
     fn new(name: &str, bytes: &[u8]) -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let path = dir.path().join(name);
+        let path = DIR.with(|dir| dir.path().join(name));
         fs::write(&path, bytes).expect("written");
-        Self(dir, path)
+        Self(path)
     }
 
     fn judge<T>(&self, result: Result<T>) -> Outcome {
         match result {
             Ok(_) => Outcome::Accepted,
-            Err(error) => refused(&error, self.1.to_str().expect("UTF-8")),
+            Err(error) => refused(&error, self.0.to_str().expect("UTF-8")),
         }
     }
 }
@@ -170,10 +174,10 @@ impl Written {
 /// A policy's file; what is read is written and read again as the same.
 pub fn policy_file(bytes: &[u8]) -> Outcome {
     let file = Written::new("policy.json", bytes);
-    let read = PolicyFile::read(&file.1);
+    let read = PolicyFile::read(&file.0);
     if let Ok(policy) = &read {
-        policy.write(&file.1).expect("written");
-        let again = PolicyFile::read(&file.1).expect("what is written is read");
+        policy.write(&file.0).expect("written");
+        let again = PolicyFile::read(&file.0).expect("what is written is read");
         assert_eq!(&again, policy);
     }
     file.judge(read)
@@ -203,13 +207,13 @@ pub fn policy_text(text: &[u8]) -> Outcome {
 /// A session's file; one that is loaded goes on, or says why not.
 pub fn session(bytes: &[u8]) -> Outcome {
     let file = Written::new("session", bytes);
-    let loaded = Session::load(valid::opened(), &file.1);
-    if let Ok(mut session) = Session::load(valid::opened(), &file.1) {
+    let loaded = Session::load(valid::opened(), &file.0);
+    if let Ok(mut session) = Session::load(valid::opened(), &file.0) {
         let gone_on = session.evaluate(&[5, 6]).map(drop).and_then(|()| {
             session.truncate(session.tokens().len().saturating_sub(20));
             session.statistics()?;
             session.evaluate(&[7])?;
-            session.save(&file.1)
+            session.save(&file.0)
         });
         if let Err(error) = gone_on {
             assert!(!matches!(error, Error::Malformed { .. }), "{error}");
@@ -222,13 +226,13 @@ pub fn session(bytes: &[u8]) -> Outcome {
 /// A file of tunings.
 pub fn tunings(bytes: &[u8]) -> Outcome {
     let file = Written::new("tunings.json", bytes);
-    file.judge(Tunings::read(&file.1))
+    file.judge(Tunings::read(&file.0))
 }
 
 /// A task's file with this extension; its rows become tokens.
 pub fn task(extension: &str, bytes: &[u8]) -> Outcome {
     let file = Written::new(&format!("task.{extension}"), bytes);
-    let read = Task::read(&file.1, 100);
+    let read = Task::read(&file.0, 100);
     if let Ok(task) = &read {
         let options = PrepareOptions { length: 16, stride: 8, answer: 4 };
         for row in &task.rows {

@@ -108,9 +108,15 @@ pub fn opened() -> &'static Model {
     MODEL.get_or_init(|| targets::open(&models()[0]).expect("a valid model"))
 }
 
+/// A directory for thousands of small files: in memory, where the system has such a place.
+pub fn directory() -> tempfile::TempDir {
+    let in_memory = tempfile::tempdir_in("/dev/shm");
+    in_memory.or_else(|_| tempfile::tempdir()).expect("a directory")
+}
+
 /// Sessions of [`opened`] as files, of plain and of compressed keys.
 pub fn sessions() -> Vec<Vec<u8>> {
-    let dir = tempfile::tempdir().expect("a directory");
+    let dir = directory();
     let path = dir.path().join("session");
     let save = |policy: &str, thresholds: Option<&str>| {
         let options = SessionOptions {
@@ -200,15 +206,15 @@ pub fn squad() -> Value {
 
 /// Valid inputs of a kind of [`targets::NAMES`].
 pub fn seeds(name: &str) -> Vec<Vec<u8>> {
-    let of_models = |file: &str| models().iter().map(|files| files[file].to_vec()).collect();
+    let of_model = |file: &str| vec![models()[0][file].to_vec()];
     let texts = |texts: &[&str]| texts.iter().map(|text| text.as_bytes().to_vec()).collect();
     match name {
-        "config" => of_models("config.json"),
-        "generation_config" => of_models("generation_config.json"),
-        "weights" => of_models("model.safetensors"),
+        "config" => of_model("config.json"),
+        "generation_config" => of_model("generation_config.json"),
+        "weights" => of_model("model.safetensors"),
         "shards" => vec![sharded()["model.safetensors.index.json"].to_vec()],
-        "tokenizer" => of_models("tokenizer.json"),
-        "tokenizer_config" => of_models("tokenizer_config.json"),
+        "tokenizer" => of_model("tokenizer.json"),
+        "tokenizer_config" => of_model("tokenizer_config.json"),
         "template" => texts(&[TEMPLATE]),
         "policy_file" => vec![policy_file().to_string().into_bytes()],
         "policy_text" => texts(&POLICIES),
