@@ -175,7 +175,7 @@ fn tokenizers() {
     let files = &valid::models()[0];
     let valid = json_of(&files["tokenizer.json"]);
     let target = |bytes: &[u8]| targets::model(files, "tokenizer.json", bytes);
-    feed_json(&mut kind, &valid, 3, 400, &target);
+    feed_json(&mut kind, &valid, 3, 800, &target);
     for (what, changed) in explosive::inconsistent_tokenizers(&valid) {
         kind.feed(what, changed.to_string().as_bytes(), target);
     }
@@ -393,7 +393,7 @@ fn tasks() {
     }
     let rows: Vec<String> = valid::rows().iter().map(Value::to_string).collect();
     kind.feed("every kind in one file", rows.join("\n").as_bytes(), target);
-    let long = |text: &str| text.repeat(1 << 18);
+    let long = |text: &str| text.repeat(1 << 20);
     let wide = |count: usize| vec!["b"; count];
     let context = "c".repeat(300_000);
     for (what, row) in [

@@ -17,12 +17,12 @@ const GROWTH: u64 = 24 << 20;
 fn nothing_is_left_over() {
     let on = |device| ModelOptions { device, threads: Some(2), ..ModelOptions::default() };
     let adapter = DeviceChoice::Named(common::test_adapter());
-    for (name, options, rounds) in [("cpu", on(DeviceChoice::Cpu), 8), ("gpu", on(adapter), 6)] {
+    for (name, options, rounds) in [("cpu", on(DeviceChoice::Cpu), 6), ("gpu", on(adapter), 4)] {
         let model = Model::embedded(&options).expect("the model inside");
         let dir = tempfile::tempdir().expect("a directory");
         let mut soak = Soak::new(model, dir.path(), 7);
         let mut round = || {
-            soak.round(2, 4, 300).unwrap_or_else(|error| panic!("{name}: {error}"));
+            soak.round(2, 3, 200).unwrap_or_else(|error| panic!("{name}: {error}"));
             Held::now(soak.model())
         };
         // Kernels are compiled, pools filled, threads started.
@@ -40,7 +40,7 @@ fn nothing_is_left_over() {
             assert!(end <= middle + GROWTH, "{name}: host memory {middle} to {end} bytes");
         }
         let counts = soak.counts;
-        assert!(counts.sessions >= 8 * rounds && counts.tokens > 2000 * rounds, "{counts:?}");
+        assert!(counts.sessions >= 6 * rounds && counts.tokens > 1000 * rounds, "{counts:?}");
         assert!(counts.cancels > 5 && counts.left > 5 && counts.saved > 5, "{counts:?}");
         // What is left when every session is gone are the weights.
         let model = soak.model().clone();

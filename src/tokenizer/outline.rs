@@ -7,6 +7,7 @@
 //! tokenizers stay below a hundred.
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 /// Bytes that a part of a tokenizer may make of each byte.
@@ -28,6 +29,17 @@ struct Outline {
     post_processor: Value,
     #[serde(default)]
     decoder: Value,
+    #[serde(default)]
+    model: Option<Model>,
+}
+
+/// What the library cannot be trusted with.
+#[derive(Deserialize)]
+struct Model {
+    #[serde(default)]
+    continuing_subword_prefix: Option<String>,
+    #[serde(default)]
+    merges: Option<IgnoredAny>,
 }
 
 /// Refuses a file whose parts would make too much of a text.
@@ -37,7 +49,14 @@ struct Outline {
 pub fn check(text: &[u8]) -> Result<(), String> {
     let outline: Outline =
         serde_json::from_slice(text).map_err(|error| format!("is not usable: {error}"))?;
-    let Outline { normalizer, pre_tokenizer, post_processor, decoder } = &outline;
+    let Outline { normalizer, pre_tokenizer, post_processor, decoder, model } = &outline;
+    // Of each merge's second token it cuts off as many bytes, and takes what is left for UTF-8
+    // without a look (`BpeBuilder::build`).
+    if let Some(Model { continuing_subword_prefix: Some(prefix), merges: Some(_) }) = model
+        && !prefix.is_empty()
+    {
+        return Err("model: a continuing_subword_prefix beside merges is not supported".into());
+    }
     let parts = [
         ("normalizer", normalizer),
         ("pre_tokenizer", pre_tokenizer),
@@ -240,6 +259,13 @@ mod tests {
         let double = json!({ "pattern": { "String": "a" }, "content": "aa" });
         let error = checked("decoder", &json!(vec![double; 40])).expect_err("a terabyte");
         assert!(error.contains("decoder: may make 1.100e12 bytes"), "{error}");
+        let model = |prefix: &str, merges: Value| {
+            let model = json!({ "continuing_subword_prefix": prefix, "merges": merges });
+            check(json!({ "model": model }).to_string().as_bytes())
+        };
+        model("", json!([])).expect("nothing is cut off");
+        model("##", Value::Null).expect("a WordPiece");
+        assert!(model("##", json!([["a", "##\u{e9}"]])).is_err());
         let nested = (0..20).fold(json!({}), |inner, _| json!({ "normalizers": [inner] }));
         let error = checked("normalizer", &nested).expect_err("deep");
         assert!(error.contains("nested"), "{error}");

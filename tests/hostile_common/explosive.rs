@@ -43,6 +43,14 @@ pub fn inconsistent_tokenizers(valid: &Value) -> Vec<(&'static str, Value)> {
         ("an unknown token that is not there", of_model(&|m| m["unk_token"] = json!("nowhere"))),
         ("all tokens dropped", of_model(&|m| m["dropout"] = json!(1e30))),
         ("a prefix", of_model(&|m| m["continuing_subword_prefix"] = json!("aaaaaaaaaa"))),
+        (
+            "a prefix that cuts letters in two",
+            of_model(&|m| {
+                m["continuing_subword_prefix"] = json!("a");
+                m["vocab"]["\u{e9}"] = json!(290);
+                m["merges"] = json!([["a", "\u{e9}"]]);
+            }),
+        ),
         ("bytes that are not there", of_model(&|m| m["byte_fallback"] = json!(true))),
         ("a Unigram of nothing", changed("model", json!({ "type": "Unigram", "vocab": [] }))),
         (
