@@ -223,9 +223,8 @@ fn templates() {
     }
     let nested = format!("{}x{}", "{% if 1 %}".repeat(5000), "{% endif %}".repeat(5000));
     kind.feed("deep blocks", nested.as_bytes(), targets::template);
-    let branches = format!("{{% if 0 %}}{}{{% endif %}}", "{% elif 0 %}".repeat(50_000));
-    kind.feed("many branches", branches.as_bytes(), targets::template);
-    for (first, more) in [
+    // What is too much by far, and what is just below the limits: neither overflows the stack.
+    let chains = [
         ("1", " ~ 1"),
         ("x", ".y"),
         ("x", "[0]"),
@@ -237,10 +236,32 @@ fn templates() {
         ("1", " if 1 else 1"),
         ("1", " ** 1"),
         ("'a'", " 'a'"),
-    ] {
-        let chain = format!("{{{{ {first}{} }}}}", more.repeat(50_000));
-        kind.feed(more, chain.as_bytes(), targets::template);
+        ("", "-"),
+        ("", "not "),
+        ("", "x, "),
+        ("x", "|trim|trim"),
+        ("", "[1, "),
+        ("", "f(x ~ "),
+    ];
+    for count in [40, 90, 190, 50_000] {
+        let branches = format!("{{% if 0 %}}{}{{% endif %}}", "{% elif 0 %}".repeat(count));
+        kind.feed("many branches", branches.as_bytes(), targets::template);
+        for (first, more) in chains {
+            let close = match more {
+                "[1, " => "]".repeat(count),
+                "f(x ~ " => ")".repeat(count),
+                _ => String::new(),
+            };
+            let last = if first.is_empty() { "1" } else { "" };
+            let chain = format!("{{{{ {first}{}{last}{close} }}}}", more.repeat(count));
+            kind.feed(more, chain.as_bytes(), targets::template);
+        }
+        let tall =
+            (0..count.min(140)).fold("1".to_owned(), |inner, _| format!("({inner} + 1 + 1)"));
+        kind.feed("tall", format!("{{{{ {tall} }}}}").as_bytes(), targets::template);
     }
+    let tags = "{{ x }}".repeat(140_000);
+    kind.feed("many tags", tags.as_bytes(), targets::template);
 
     let mut numbers = Random(6);
     for _ in 0..200 {

@@ -25,10 +25,10 @@ const FACTOR: &str = "|deltallm_factor";
 const MAX_FACTOR: i64 = 1000;
 /// Brackets within each other; the engine has a limit of its own, at 150.
 const MAX_DEPTH: usize = 200;
-/// Words of an expression: the engine calls itself for each that stands on those before it.
-const MAX_WORDS: usize = 500;
+/// Operators of an expression that stand on each other: the engine calls itself for each of them.
+const MAX_HEIGHT: usize = 200;
 /// Branches of one `if`, for which it calls itself too.
-const MAX_BRANCHES: usize = 500;
+const MAX_BRANCHES: usize = 200;
 /// Bytes that a template may capture of its own text, as of the body of a macro.
 const MAX_CAPTURED: u64 = 64 << 20;
 
@@ -96,7 +96,7 @@ fn spend_factor(value: &Value) -> Result<(), Error> {
 pub fn source(source: &str, fuel: u64) -> Result<(String, u64), Error> {
     let mut out = String::with_capacity(2 * source.len());
     let (mut rest, mut captures, mut longest, mut branches) = (source, 0u64, 0, 0);
-    while let Some(start) = ["{{", "{%", "{#"].iter().filter_map(|tag| rest.find(tag)).min() {
+    while let Some(start) = next_tag(rest) {
         if captures > 0 {
             longest = longest.max(start);
         }
@@ -143,6 +143,12 @@ pub fn source(source: &str, fuel: u64) -> Result<(String, u64), Error> {
     // Text that is written as it stands is not charged: each instruction may write the longest.
     let fuel = if longest > 0 { fuel.min(MAX_CAPTURED / longest as u64) } else { fuel };
     Ok((out, fuel))
+}
+
+/// Where the next tag opens.
+fn next_tag(text: &str) -> Option<usize> {
+    let opens = |at: &usize| matches!(text.as_bytes().get(at + 1), Some(b'{' | b'%' | b'#'));
+    text.match_indices('{').map(|(at, _)| at).find(opens)
 }
 
 /// Appends a tag of `rest` with its charges.
@@ -325,6 +331,7 @@ impl<'a> Tag<'a> {
         self.kind(at) == Some(Kind::Name(name))
     }
 
+    /// Reads what stands between `{{` and `}}`.
     fn expression(&mut self) -> Result<Capture, Error> {
         self.sequence(false, 0)?;
         Ok(Capture::None)
@@ -363,29 +370,25 @@ impl<'a> Tag<'a> {
         })
     }
 
-    /// Reads operands and what stands between them, up to a closing bracket or the end.
-    fn sequence(&mut self, bare: bool, depth: usize) -> Result<(), Error> {
+    /// Reads operands and what stands between them, up to a closing bracket or the end; returns how
+    /// many operators stand on each other at most.
+    fn sequence(&mut self, bare: bool, depth: usize) -> Result<usize, Error> {
         if depth > MAX_DEPTH {
             return Err(refused("nests brackets too deep"));
         }
         // Of a product of three, the first two have no place for a charge.
-        let (mut products, mut follows_operand, mut from) = (0, false, self.at);
+        let (mut products, mut follows_operand) = (0, false);
+        let (mut height, mut highest) = (0, 0);
         while let Some(kind) = self.kind(self.at) {
-            if matches!(kind, Kind::Sign("," | ":")) {
-                from = self.at;
-            }
-            if self.at - from > MAX_WORDS {
-                return Err(refused(format!("has an expression of more than {MAX_WORDS} words")));
-            }
             let is_operand = match kind {
-                Kind::Sign(")" | "]" | "}") => return Ok(()),
+                Kind::Sign(")" | "]" | "}") => break,
                 Kind::Sign("(" | "[" | "{") | Kind::Literal => true,
                 Kind::Sign(_) => false,
                 Kind::Name("and" | "or" | "not" | "in" | "is" | "if" | "else") => false,
                 Kind::Name(_) => true,
             };
             if is_operand {
-                self.operand(bare, depth)?;
+                height = self.operand(bare, depth)?.max(height + usize::from(follows_operand));
             } else {
                 match kind {
                     Kind::Sign("*") => products += 1,
@@ -401,47 +404,44 @@ impl<'a> Tag<'a> {
                 if products > 1 {
                     return Err(refused("has a product of three: put two of them in brackets"));
                 }
+                height = if matches!(kind, Kind::Sign("," | ":")) { 0 } else { height + 1 };
                 self.at += 1;
+            }
+            highest = highest.max(height);
+            if highest > MAX_HEIGHT {
+                return Err(refused(format!("has an expression of over {MAX_HEIGHT} operators")));
             }
             follows_operand = is_operand;
         }
-        Ok(())
+        Ok(highest + 1)
     }
 
-    /// Reads a name, literal or bracket with all that belongs to it, and charges it as it ends.
-    fn operand(&mut self, bare: bool, depth: usize) -> Result<(), Error> {
+    /// Reads a name, literal or bracket with all that belongs to it, and charges it as it ends;
+    /// returns its height.
+    fn operand(&mut self, bare: bool, depth: usize) -> Result<usize, Error> {
         let first = self.at;
-        let mut last = match self.kind(first) {
-            Some(Kind::Sign("[" | "{")) => {
-                self.brackets(depth)?;
-                Last::Whole
-            }
-            Some(Kind::Sign(_)) => {
-                self.brackets(depth)?;
-                Last::Plain
-            }
+        let (mut height, mut last) = match self.kind(first) {
+            Some(Kind::Sign("[" | "{")) => (self.brackets(depth)?, Last::Whole),
+            Some(Kind::Sign(_)) => (self.brackets(depth)?, Last::Plain),
             _ => {
                 self.at += 1;
-                Last::Plain
+                (0, Last::Plain)
             }
         };
         loop {
-            if self.at - first > MAX_WORDS {
-                return Err(refused(format!("has an expression of more than {MAX_WORDS} words")));
-            }
             if self.is_sign(self.at, &["."]) {
                 self.at += 2;
                 last = Last::Plain;
             } else if self.is_sign(self.at, &["["]) {
                 let from = self.at;
-                self.brackets(depth)?;
+                height = self.brackets(depth)?.max(height);
                 last = if self.is_slice(from) { Last::Made } else { Last::Plain };
             } else if self.is_sign(self.at, &["("]) {
                 let named = self.at == first + 1;
                 // The engine knows the first two by their place; the third has its own bound.
                 let known = ["loop", "super", "range"];
                 let special = named && known.iter().any(|name| self.is_name(first, name));
-                self.brackets(depth)?;
+                height = self.brackets(depth)?.max(height);
                 last = match (special, named) {
                     (true, _) => Last::Plain,
                     (false, true) => Last::Whole,
@@ -455,15 +455,16 @@ impl<'a> Tag<'a> {
                 }
                 self.at += 2;
                 if self.is_sign(self.at, &["("]) {
-                    self.brackets(depth)?;
+                    height = self.brackets(depth)?.max(height);
                 }
                 last = Last::Made;
             } else {
                 break;
             }
+            height += 1;
         }
         if bare {
-            return Ok(());
+            return Ok(height);
         }
         match last {
             Last::Plain => {}
@@ -483,7 +484,7 @@ impl<'a> Tag<'a> {
         } else if added {
             self.charge(HELD);
         }
-        Ok(())
+        Ok(height)
     }
 
     /// Puts a filter behind the word before this one.
@@ -493,12 +494,12 @@ impl<'a> Tag<'a> {
         }
     }
 
-    /// Reads brackets and what is in them.
-    fn brackets(&mut self, depth: usize) -> Result<(), Error> {
+    /// Reads brackets and what is in them, which has a height.
+    fn brackets(&mut self, depth: usize) -> Result<usize, Error> {
         self.at += 1;
-        self.sequence(false, depth + 1)?;
+        let height = self.sequence(false, depth + 1)?;
         self.at += 1;
-        Ok(())
+        Ok(height)
     }
 
     /// Whether the brackets from here to before this word hold a colon of their own.
@@ -582,6 +583,8 @@ mod tests {
             assert!(source(&refused, 1).is_err() || charged(&refused) == refused, "{refused:.30}");
         }
         assert!(source("{{ a * b * c }}", 1).is_err());
+        let list = format!("{{{{ [{}] }}}}", "{'a': 'b'}, ".repeat(1000));
+        assert!(source(&list, 1).is_ok(), "a long list is not high");
     }
 
     #[test]
