@@ -17,12 +17,15 @@ const GROWTH: u64 = 24 << 20;
 fn nothing_is_left_over() {
     let on = |device| ModelOptions { device, threads: Some(2), ..ModelOptions::default() };
     let adapter = DeviceChoice::Named(common::test_adapter());
-    for (name, options, rounds) in [("cpu", on(DeviceChoice::Cpu), 6), ("gpu", on(adapter), 4)] {
+    // A software GPU takes a second for what a CPU does in a tenth.
+    for (name, options, rounds, sessions, tokens) in
+        [("cpu", on(DeviceChoice::Cpu), 6, 3, 200), ("gpu", on(adapter), 4, 2, 150)]
+    {
         let model = Model::embedded(&options).expect("the model inside");
         let dir = tempfile::tempdir().expect("a directory");
         let mut soak = Soak::new(model, dir.path(), 7);
         let mut round = || {
-            soak.round(2, 3, 200).unwrap_or_else(|error| panic!("{name}: {error}"));
+            soak.round(2, sessions, tokens).unwrap_or_else(|error| panic!("{name}: {error}"));
             Held::now(soak.model())
         };
         // Kernels are compiled, pools filled, threads started.
@@ -40,8 +43,9 @@ fn nothing_is_left_over() {
             assert!(end <= middle + GROWTH, "{name}: host memory {middle} to {end} bytes");
         }
         let counts = soak.counts;
-        assert!(counts.sessions >= 6 * rounds && counts.tokens > 1000 * rounds, "{counts:?}");
-        assert!(counts.cancels > 5 && counts.left > 5 && counts.saved > 5, "{counts:?}");
+        assert!(counts.sessions >= 2 * sessions * rounds, "{counts:?}");
+        assert!(counts.tokens >= 2 * sessions * tokens * rounds, "{counts:?}");
+        assert!(counts.cancels > 5 && counts.left > 2 && counts.saved > 2, "{counts:?}");
         // What is left when every session is gone are the weights.
         let model = soak.model().clone();
         drop(soak);
