@@ -27,6 +27,11 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What this process knows.
+fn known(info: &DeviceInfo, tuning: &Tuning) -> Option<Finding> {
+    locked(&PROCESS).as_ref().and_then(|all| all.of(info, tuning).cloned())
+}
+
 /// What a device was asked.
 pub(super) struct SelfTest {
     on: bool,
@@ -39,6 +44,8 @@ pub(super) struct SelfTest {
 
 struct State {
     finding: Finding,
+    /// Whether the file, where there is one, has all of it.
+    saved: bool,
     /// Kernels that had a part in a right answer since the device was opened.
     sound: Vec<Kernel>,
 }
@@ -48,18 +55,20 @@ impl SelfTest {
         // What is broken on purpose says nothing about a driver.
         let shared = options.sabotage.0.is_empty();
         let file = options.findings.clone();
-        let mut finding = None;
+        let (mut finding, mut saved) = (None, true);
         if options.self_test && shared {
-            let known = locked(&PROCESS).as_ref().and_then(|all| all.of(info, tuning).cloned());
-            finding = known.or_else(|| {
-                let read = file.as_deref().map(Findings::read)?;
+            let read = || {
                 // The next self-test writes a new one.
+                let read = file.as_deref().map(Findings::read)?;
                 let all = read.inspect_err(|error| log::warn!("{error}: testing anew")).ok()?;
                 all.of(info, tuning).cloned()
-            });
+            };
+            let (known, read) = (known(info, tuning), read());
+            saved = file.is_none() || known.is_none() || known == read;
+            finding = known.or(read);
         }
         let finding = finding.unwrap_or_else(|| Finding::none(tuning));
-        let state = Mutex::new(State { finding, sound: Vec::new() });
+        let state = Mutex::new(State { finding, saved, sound: Vec::new() });
         Self { on: options.self_test, file, shared, tuning: *tuning, state }
     }
 
@@ -106,7 +115,7 @@ pub(super) fn ask(gpu: &Gpu, questions: &[Question<Gpu>]) -> Result<()> {
     let mut state = locked(&test.state);
     let asked: Vec<_> =
         questions.iter().filter(|q| !state.finding.right.contains(&q.name)).collect();
-    if asked.is_empty() {
+    if asked.is_empty() && state.saved {
         return Ok(());
     }
     let start = Instant::now();
@@ -114,19 +123,20 @@ pub(super) fn ask(gpu: &Gpu, questions: &[Question<Gpu>]) -> Result<()> {
         ask_one(gpu, &mut state, question)?;
     }
     log::info!(
-        "{}: {} known answers in {} ms",
+        "{}: {} more known answers in {} ms",
         device.info.name,
         asked.len(),
         start.elapsed().as_millis()
     );
     test.remember(&device.info, &state.finding);
+    state.saved = true;
     Ok(())
 }
 
 fn ask_one(gpu: &Gpu, state: &mut State, question: &Question<Gpu>) -> Result<()> {
     let device = &gpu.device;
     let (answer, used) = watched(gpu, question);
-    let Some(wrong) = judged(answer)? else {
+    let Some(wrong) = judged(question.operation, answer)? else {
         state.finding.right.insert(question.name.clone());
         state.sound.extend(used);
         return Ok(());
@@ -150,7 +160,7 @@ fn ask_one(gpu: &Gpu, state: &mut State, question: &Question<Gpu>) -> Result<()>
         tried = abilities;
         device.pipelines.replace(&changed, abilities);
         let (answer, used) = watched(gpu, question);
-        if judged(answer)?.is_none() {
+        if judged(question.operation, answer)?.is_none() {
             log::warn!(
                 "{} ({}): {} is computed wrongly with {}, and rightly without: so it runs from now on",
                 device.info.name,
@@ -187,11 +197,18 @@ fn watched(gpu: &Gpu, question: &Question<Gpu>) -> (Result<Vec<Check>>, Vec<Kern
 ///
 /// # Errors
 /// What no other kernel would mend.
-fn judged(answer: Result<Vec<Check>>) -> Result<Option<String>> {
+fn judged(operation: &'static str, answer: Result<Vec<Check>>) -> Result<Option<String>> {
     match answer {
         Ok(checks) => Ok(checks.iter().find(|check| !check.pass).map(ToString::to_string)),
         Err(Error::Device { what, message, .. }) => Ok(Some(format!("{what}: {message}"))),
         Err(Error::NotFinite { what }) => Ok(Some(format!("{what} hold NaN or infinity"))),
+        // A kernel that a driver does not compile can take the device with it, and then there is none
+        // to try a plainer one on.
+        Err(Error::DeviceLost { device, message }) => Err(Error::WrongResults {
+            device,
+            operation,
+            case: format!("the device was lost: {message}"),
+        }),
         Err(error) => Err(error),
     }
 }
