@@ -85,7 +85,7 @@ pub fn of_attention<B: Backend>(head_dim: usize, policy: &AttentionPolicy) -> Ve
     // Windows do not change a kernel: with small ones little text is enough to leave them.
     let prefill = PrefillWindow { share: 0.05, ..policy.prefill };
     let policy = AttentionPolicy { sink: 3, window: 1, prefill, ..*policy };
-    let name = format!("heads of {head_dim}, {policy}");
+    let name = format!("heads of {head_dim}, {}", format_of(&policy));
     let dense = policy.is_dense();
     let mut questions = vec![Question::new("rope_append", name.clone(), move |backend: &B| {
         let mut inputs = Inputs::new(104);
@@ -114,6 +114,14 @@ pub fn of_attention<B: Backend>(head_dim: usize, policy: &AttentionPolicy) -> Ve
         Ok(compressed::attention_of(backend, case)?.into())
     }));
     questions
+}
+
+/// What of a policy decides which kernels run.
+fn format_of(policy: &AttentionPolicy) -> String {
+    let policy = policy.to_string();
+    let runs_alike = ["theta=", "sink=", "alpha=", "shape=", "window="];
+    let decides = |word: &&str| !runs_alike.iter().any(|name| word.starts_with(name));
+    policy.split(' ').filter(decides).collect::<Vec<_>>().join(" ")
 }
 
 /// A float format as the table has it; nothing for ternary matrices.
