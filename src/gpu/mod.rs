@@ -3,6 +3,8 @@
 //! | file | what |
 //! |---|---|
 //! | `device` | adapters, opening one, its failures as errors |
+//! | `wait` | waiting for one, with a limit |
+//! | `fault` | failures on demand, for tests |
 //! | `buffer`, `tensor`, `linear`, `cache` | what lies on the device |
 //! | `image` | a cache read back, and restored |
 //! | `shader`, `pipeline`, `pipelines` | the table of kernels, linking them, and compiling them ahead |
@@ -20,6 +22,7 @@ mod cache;
 mod device;
 mod embed;
 mod encode_keys;
+mod fault;
 mod gate;
 mod image;
 mod linear;
@@ -38,11 +41,13 @@ mod tensor;
 mod timer;
 mod tune;
 mod tuning;
+mod wait;
 
 use std::sync::Arc;
 
 pub use cache::Cache;
 pub use device::{Adapter, GpuOptions, Select, adapters};
+pub use fault::{Fault, Faults};
 pub use linear::Linear;
 pub use recorder::Counters;
 pub use shader::{ShaderSource, shader_sources};
@@ -193,6 +198,14 @@ impl Backend for Gpu {
     /// next step. More would only be thrown away at the end of a text.
     fn look_ahead(&self) -> usize {
         1
+    }
+
+    fn can_be_lost(&self) -> bool {
+        true
+    }
+
+    fn give_up(&self) {
+        self.device.lose();
     }
 }
 
