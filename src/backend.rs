@@ -273,6 +273,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// returns.
     fn look_ahead(&self) -> usize;
 
+    /// Whether the device can go away while the program runs, so that what lies on it is gone.
+    fn can_be_lost(&self) -> bool {
+        false
+    }
+
+    /// Gives up a device that was lost: frees what can still be freed, whoever holds it.
+    fn give_up(&self) {}
+
     /// Measures how fast the device reads `bytes` of its memory, or fewer where its limits are
     /// smaller: the ceiling of whatever is bound by memory. Takes some tenths of a second.
     ///

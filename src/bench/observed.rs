@@ -259,6 +259,14 @@ impl<B: Backend> Backend for Observed<B> {
         self.inner.look_ahead()
     }
 
+    fn can_be_lost(&self) -> bool {
+        self.inner.can_be_lost()
+    }
+
+    fn give_up(&self) {
+        self.inner.give_up();
+    }
+
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {
         self.inner.read_speed(bytes)
     }

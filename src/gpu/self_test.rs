@@ -53,7 +53,7 @@ struct State {
 impl SelfTest {
     pub(super) fn new(options: &GpuOptions, info: &DeviceInfo, tuning: &Tuning) -> Self {
         // What is broken on purpose says nothing about a driver.
-        let shared = options.sabotage.0.is_empty();
+        let shared = options.sabotage.0.is_empty() && !options.faults.are_possible();
         let file = options.findings.clone();
         let (mut finding, mut saved) = (None, true);
         if options.self_test && shared {
@@ -136,7 +136,7 @@ pub(super) fn ask(gpu: &Gpu, questions: &[Question<Gpu>]) -> Result<()> {
 fn ask_one(gpu: &Gpu, state: &mut State, question: &Question<Gpu>) -> Result<()> {
     let device = &gpu.device;
     let (answer, used) = watched(gpu, question);
-    let Some(wrong) = judged(question.operation, answer)? else {
+    let Some(wrong) = judged(answer)? else {
         state.finding.right.insert(question.name.clone());
         state.sound.extend(used);
         return Ok(());
@@ -160,7 +160,7 @@ fn ask_one(gpu: &Gpu, state: &mut State, question: &Question<Gpu>) -> Result<()>
         tried = abilities;
         device.pipelines.replace(&changed, abilities);
         let (answer, used) = watched(gpu, question);
-        if judged(question.operation, answer)?.is_none() {
+        if judged(answer)?.is_none() {
             log::warn!(
                 "{} ({}): {} is computed wrongly with {}, and rightly without: so it runs from now on",
                 device.info.name,
@@ -197,18 +197,11 @@ fn watched(gpu: &Gpu, question: &Question<Gpu>) -> (Result<Vec<Check>>, Vec<Kern
 ///
 /// # Errors
 /// What no other kernel would mend.
-fn judged(operation: &'static str, answer: Result<Vec<Check>>) -> Result<Option<String>> {
+fn judged(answer: Result<Vec<Check>>) -> Result<Option<String>> {
     match answer {
         Ok(checks) => Ok(checks.iter().find(|check| !check.pass).map(ToString::to_string)),
         Err(Error::Device { what, message, .. }) => Ok(Some(format!("{what}: {message}"))),
         Err(Error::NotFinite { what }) => Ok(Some(format!("{what} hold NaN or infinity"))),
-        // A kernel that a driver does not compile can take the device with it, and then there is none
-        // to try a plainer one on.
-        Err(Error::DeviceLost { device, message }) => Err(Error::WrongResults {
-            device,
-            operation,
-            case: format!("the device was lost: {message}"),
-        }),
         Err(error) => Err(error),
     }
 }

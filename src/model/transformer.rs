@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::{Decoder, LoadProgress, MemoryUse, Output, SessionShape, WeightFormat};
+use super::{Decoder, LoadProgress, MemoryUse, Output, Probe, SessionShape, WeightFormat};
 use crate::backend::{
     Backend, CacheShape, DeviceInfo, DeviceKind, Footprint, Input, KeyValueCache, MatrixFormat,
     ModelPlan, Operations, ReadSpeed, Step, StreamShape, TensorFormat,
@@ -65,9 +65,6 @@ pub(crate) struct Run<B: Backend> {
     cut: bool,
     shape: SessionShape,
 }
-
-/// What [`Decoder::probe`] gives a layer's queries, keys and values to.
-type Probe<'a> = &'a mut dyn FnMut(usize, &[f32]) -> Result<()>;
 
 /// The intermediate results of a step over `T` tokens, overwritten layer by layer.
 struct Activations<B: Backend> {
@@ -253,6 +250,14 @@ impl<B: Backend> super::Engine for Transformer<B> {
         self.backend.read_speed(bytes)
     }
 
+    fn can_be_lost(&self) -> bool {
+        self.backend.can_be_lost()
+    }
+
+    fn give_up(&self) {
+        self.backend.give_up();
+    }
+
     fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>> {
         let ModelConfig { attention, vocabulary, layers, .. } = self.config;
         self.backend.check_rope(shape.context, attention.head_dim)?;
@@ -358,9 +363,11 @@ impl<B: Backend> Decoder for Run<B> {
     }
 
     fn can_continue(&self, phase: Phase) -> bool {
-        // Decoding follows every prompt.
-        let covers = |phase| self.originals.cover(&self.shape.policy.rule(phase), self.length);
-        covers(phase) && covers(Phase::Decode)
+        self.originals.can_continue(&self.shape.policy, phase, self.length)
+    }
+
+    fn forget_originals(&mut self, from: usize) {
+        self.originals.forget(from);
     }
 
     fn forward(&mut self, input: Input<'_>, phase: Phase, output: Output<'_>) -> Result<()> {
@@ -381,10 +388,10 @@ impl<B: Backend> Decoder for Run<B> {
         self.stream.save(&self.caches[layer], self.originals.from())
     }
 
-    fn restore(&mut self, images: &[CacheImage]) -> Result<()> {
+    fn restore(&mut self, images: &Arc<[CacheImage]>) -> Result<()> {
         debug_assert!(self.length == 0 && images.len() == self.caches.len());
         self.settle()?;
-        for (cache, image) in self.caches.iter_mut().zip(images) {
+        for (cache, image) in self.caches.iter_mut().zip(images.iter()) {
             self.stream.restore(cache, image)?;
             self.length = image.length;
             self.originals.restart(image.exact_from);

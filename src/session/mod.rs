@@ -132,6 +132,22 @@ impl Timings {
 ///
 /// A session continues over turns: each [`Session::generate`] appends to what is there.
 /// [`Session::truncate`] cuts it back to a prefix, whose keys and values stay valid.
+///
+/// # Lost devices
+///
+/// Where the model had to be brought to another device, see [`Model`](Model#lost-devices), the next
+/// call of the session takes its text up there, in the middle of a sentence if need be, and the text
+/// goes on as if nothing had happened: token for token on the same adapter, sampling included.
+///
+/// For that the session remembers by which steps its cache was made, and takes the same ones again:
+/// prompts of all turns in the chunks that they ran in, and what was decoded token by token. Run as
+/// one prompt it would be there sooner, but a compressed cache would be another one, and a dense one
+/// would be rounded differently. So a text that took a minute to write takes about a minute to be
+/// restored; its [`Cancel`] stops that as well. A session that was [loaded](Session::load) keeps what
+/// it read from its file in host memory, as many bytes as its cache had. Only a text on a GPU
+/// remembers anything: the CPU is not lost.
+///
+/// After an error the session is as it was before the call, and can go on when the device can.
 pub struct Session {
     model: Model,
     decoder: Box<dyn Decoder>,
@@ -169,8 +185,9 @@ impl Session {
             let config = model.config();
             thresholds.check(&shape.policy, config.layers, config.attention.kv_heads)?;
         }
-        let decoder = model.engine().clone().start(shape.clone())?;
+        let mut decoder = model.start(shape.clone())?;
         let (model, cancel) = (model.clone(), Cancel::default());
+        decoder.cancel_with(&cancel);
         Ok(Self { model, decoder, shape, tokens: Vec::new(), prompt: 0, ahead: 0, cancel })
     }
 
@@ -239,6 +256,7 @@ impl Session {
 
     /// Lets an existing handle stop this session.
     pub fn cancel_with(&mut self, cancel: Cancel) {
+        self.decoder.cancel_with(&cancel);
         self.cancel = cancel;
     }
 
@@ -511,7 +529,14 @@ impl Generation<'_> {
             self.finish = Some(FinishReason::Cancelled);
             return self.last_piece();
         }
-        let token = self.next_token()?;
+        let token = match self.next_token() {
+            // A text can be stopped while it is taken up on another device.
+            Err(Error::Cancelled) => {
+                self.finish = Some(FinishReason::Cancelled);
+                return self.last_piece();
+            }
+            token => token?,
+        };
         self.tick();
         self.seen.insert(token);
         self.session.tokens.push(token);
