@@ -207,9 +207,9 @@ pub enum Error {
         reason: Box<Error>,
     },
     /// A result has NaN or infinity in it: a broken checkpoint or a broken driver.
-    #[error("{what} hold NaN or infinity: the checkpoint or the device's driver is broken")]
+    #[error("NaN or infinity in {what}: the checkpoint or the device's driver is broken")]
     NotFinite {
-        /// What holds it.
+        /// What holds it: of a text that was run for a session, the layer and the tokens.
         what: String,
     },
     /// The caller asked to stop.

@@ -201,7 +201,7 @@ fn judged(answer: Result<Vec<Check>>) -> Result<Option<String>> {
     match answer {
         Ok(checks) => Ok(checks.iter().find(|check| !check.pass).map(ToString::to_string)),
         Err(Error::Device { what, message, .. }) => Ok(Some(format!("{what}: {message}"))),
-        Err(Error::NotFinite { what }) => Ok(Some(format!("{what} hold NaN or infinity"))),
+        Err(Error::NotFinite { what }) => Ok(Some(format!("NaN or infinity in {what}"))),
         Err(error) => Err(error),
     }
 }

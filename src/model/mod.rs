@@ -8,6 +8,7 @@
 mod device;
 mod journal;
 mod memory;
+mod not_finite;
 mod placement;
 mod probe;
 mod steady;
@@ -348,6 +349,9 @@ pub(crate) trait Decoder: Send {
     /// values, `[T, (H + 2 G) D]`, of which the queries are rotated. Where a device was lost on the
     /// way it gets them again, from the first layer on.
     fn probe(&mut self, tokens: &[u32], phase: Phase, probe: Probe<'_>) -> Result<()>;
+    /// Runs a text from its beginning, and says in words where it first holds NaN or infinity; nothing
+    /// where it does not. The cache is empty then.
+    fn find_not_finite(&mut self, tokens: &[u32], cancel: &Cancel) -> Result<Option<String>>;
     /// The compressed pages of each layer, `[layers][G][pages]`.
     fn pages(&mut self) -> Result<Vec<Vec<Vec<Page>>>>;
     /// All that is in the cache of a layer.

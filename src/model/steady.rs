@@ -169,6 +169,11 @@ impl Decoder for Steady {
         self.journal.record(Input::Tokens(tokens), phase, Output::Nothing)
     }
 
+    fn find_not_finite(&mut self, tokens: &[u32], cancel: &Cancel) -> Result<Option<String>> {
+        self.truncate(0);
+        self.steadily(|run| run.find_not_finite(tokens, cancel))
+    }
+
     fn pages(&mut self) -> Result<Vec<Vec<Vec<Page>>>> {
         self.steadily(|run| run.pages())
     }

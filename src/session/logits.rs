@@ -113,7 +113,7 @@ impl LogitsRun {
     fn rows(&mut self) -> Result<Vec<f32>> {
         let rows = self.session.decoder.logits()?;
         self.unread = false;
-        finite(rows)
+        finite(rows).map_err(|error| self.session.blamed(error))
     }
 
     /// What the compressed keys are by now.

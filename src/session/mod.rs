@@ -336,10 +336,11 @@ impl Session {
         let (pending, phase) = (&self.tokens[self.decoder.length()..], self.phase());
         let run = self.decoder.forward(Input::Tokens(pending), phase, Output::LastLogits);
         let logits = run.and_then(|()| self.decoder.logits()).and_then(finite);
-        if logits.is_err() {
+        logits.map_err(|error| {
+            let error = self.blamed(error);
             self.take_back(before);
-        }
-        logits
+            error
+        })
     }
 
     /// Appends tokens to the text after checking them; on an error nothing has changed.
@@ -375,6 +376,21 @@ impl Session {
     fn settle(&mut self) {
         if std::mem::take(&mut self.ahead) > 0 {
             self.decoder.truncate(self.tokens.len() - 1);
+        }
+    }
+
+    /// Names the layer in which a text first was not finite. For that it runs once more from its
+    /// beginning: nothing good can come of it any more, and the user wants to know what is broken.
+    fn blamed(&mut self, error: Error) -> Error {
+        let Error::NotFinite { .. } = error else {
+            return error;
+        };
+        self.settle();
+        let length = self.tokens.len().min(self.shape.context);
+        match self.decoder.find_not_finite(&self.tokens[..length], &self.cancel) {
+            Ok(Some(what)) => Error::NotFinite { what },
+            Ok(None) => Error::NotFinite { what: "the logits, though not when run again".into() },
+            Err(_) => error,
         }
     }
 
@@ -535,7 +551,7 @@ impl Generation<'_> {
                 self.finish = Some(FinishReason::Cancelled);
                 return self.last_piece();
             }
-            token => token?,
+            token => token.map_err(|error| self.session.blamed(error))?,
         };
         self.tick();
         self.seen.insert(token);
