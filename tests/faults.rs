@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -13,6 +14,7 @@ use deltallm::{
     Cancel, DeviceChoice, Error, FinishReason, GenerateOptions, LogitsOptions, LogitsRun, Model,
     ModelOptions, Result, Sampling, Session, SessionOptions,
 };
+use safetensors::SafeTensors;
 
 const POLICIES: [&str; 3] = ["dense", "delta page=16 window=16 sink=4", "paper page=16"];
 
@@ -93,7 +95,7 @@ fn a_text_goes_on_as_if_its_device_had_not_been_lost() {
                 let run = || generate(&mut session(&model, policy), &prompt, &options);
                 let (expected, submissions) = undisturbed(&faults, || run().expect("text"));
                 assert_eq!(expected.len(), 24);
-                for at in some_of(submissions, 6) {
+                for at in some_of(submissions, 4) {
                     let fault = LOSSES[turn % LOSSES.len()];
                     turn += 1;
                     let openings = faults.openings();
@@ -122,6 +124,15 @@ fn a_step_in_flight_is_not_drawn_twice() {
             faults.clear();
         }
     }
+}
+
+/// What is in a session's file; its metadata are written in any order.
+fn contents(path: &Path) -> (BTreeMap<String, String>, BTreeMap<String, Vec<u8>>) {
+    let bytes = std::fs::read(path).expect("a file");
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).expect("metadata");
+    let file = SafeTensors::deserialize(&bytes).expect("tensors");
+    let fields = metadata.metadata().clone().expect("fields").into_iter().collect();
+    (fields, file.tensors().into_iter().map(|(name, view)| (name, view.data().to_vec())).collect())
 }
 
 /// What was asked for in several turns, cut back, continued and loaded, to the bit of its cache.
@@ -154,7 +165,7 @@ fn the_cache_is_made_again_to_the_bit() {
                 faults.inject(Fault::LostUnnoticed, 0, 1);
             }
             second.save(&two).expect("saved");
-            [one, two].map(|path| std::fs::read(path).expect("a file"))
+            [contents(&one), contents(&two)]
         };
         let expected = bytes(false);
         let openings = faults.openings();
@@ -352,7 +363,6 @@ fn restoring_can_be_cancelled() {
     let found = generate(&mut session, &prompt, &greedy(6)).expect("text");
     faults.inject(Fault::Lost, 0, 1);
     cancel.cancel();
-    assert!(matches!(session.statistics().map(drop), Ok(()) | Err(Error::Cancelled)));
     assert!(matches!(
         session.save(tempfile::NamedTempFile::new().expect("a file").path()),
         Err(Error::Cancelled)
