@@ -10,6 +10,7 @@ use std::path::Path;
 use common::{Golden, fixture, test_adapter};
 use deltallm::checkpoint::Checkpoint;
 use deltallm::gpu::{Fault, Faults, GpuOptions};
+use deltallm::sampler::Draws;
 use deltallm::{
     Cancel, DeviceChoice, Error, FinishReason, GenerateOptions, LogitsOptions, LogitsRun, Model,
     ModelOptions, Result, Sampling, Session, SessionOptions,
@@ -174,6 +175,52 @@ fn the_cache_is_made_again_to_the_bit() {
         assert!(found[0] == expected[0], "{policy}: a session over several turns");
         assert!(found[1] == expected[1], "{policy}: a session that was loaded");
     }
+}
+
+/// Whatever was done with a text: two sessions are asked for the same, one of which loses its device
+/// now and then.
+#[test]
+fn no_history_is_too_odd_to_be_made_again() {
+    let ((calm, _), (shaken, faults)) = (model("llama-32"), model("llama-32"));
+    let ids = Golden::read("llama-32").ids("ids_300").to_vec();
+    let openings = faults.openings();
+    for seed in 0..6 {
+        let mut draws = Draws::new(seed);
+        let mut below = |most: usize| (draws.draw() * most as f32) as usize;
+        let policy = POLICIES[seed as usize % POLICIES.len()];
+        let mut sessions = [session(&calm, policy), session(&shaken, policy)];
+        for turn in 0..12 {
+            if below(3) == 0 {
+                faults.inject(LOSSES[below(3)], below(12) as u64, 1);
+            }
+            let (kind, from, count) = (below(6), below(100), 1 + below(120));
+            let tokens = &ids[from..from + count];
+            let length = sessions[0].tokens().len();
+            let cut = below(length + 1);
+            if kind == 3 || length + count > 600 {
+                sessions.iter_mut().for_each(|session| session.truncate(cut));
+                continue;
+            }
+            let [expected, found] = sessions.each_mut().map(|session| match kind {
+                0 => session.evaluate(&tokens[..1]).map(|logits| format!("{logits:?}")),
+                1 | 4 if length > 0 => {
+                    let made = generate(session, &[], &sampled(1 + count / 8));
+                    made.map(|ids| format!("{ids:?}"))
+                }
+                2 => {
+                    // A step that ran ahead is left behind.
+                    let pieces = session.generate(tokens, &sampled(30)).expect("prompt");
+                    let made: Vec<_> = pieces.take(4).map(|p| p.expect("piece")).collect();
+                    Ok(format!("{made:?}"))
+                }
+                _ => session.evaluate(tokens).map(|logits| format!("{logits:?}")),
+            });
+            let case = format!("{policy}, seed {seed}, turn {turn}, kind {kind}");
+            assert!(found.expect("a result") == expected.expect("a result"), "{case}");
+        }
+        faults.clear();
+    }
+    assert!(faults.openings() > openings + 10, "{} losses", faults.openings() - openings);
 }
 
 /// Every other way to run a text.
