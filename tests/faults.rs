@@ -3,16 +3,19 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
 use common::{Golden, fixture, test_adapter};
 use deltallm::checkpoint::Checkpoint;
 use deltallm::gpu::{Fault, Faults, GpuOptions};
+use deltallm::sampler::Draws;
 use deltallm::{
     Cancel, DeviceChoice, Error, FinishReason, GenerateOptions, LogitsOptions, LogitsRun, Model,
     ModelOptions, Result, Sampling, Session, SessionOptions,
 };
+use safetensors::SafeTensors;
 
 const POLICIES: [&str; 3] = ["dense", "delta page=16 window=16 sink=4", "paper page=16"];
 
@@ -89,11 +92,11 @@ fn a_text_goes_on_as_if_its_device_had_not_been_lost() {
         let (model, faults) = model(name);
         let prompt = Golden::read(name).ids("ids_300").to_vec();
         for policy in POLICIES {
-            for options in [greedy(24), sampled(24), by_the_host(24)] {
+            for options in [greedy(16), sampled(16), by_the_host(16)] {
                 let run = || generate(&mut session(&model, policy), &prompt, &options);
                 let (expected, submissions) = undisturbed(&faults, || run().expect("text"));
-                assert_eq!(expected.len(), 24);
-                for at in some_of(submissions, 6) {
+                assert_eq!(expected.len(), 16);
+                for at in some_of(submissions, 3) {
                     let fault = LOSSES[turn % LOSSES.len()];
                     turn += 1;
                     let openings = faults.openings();
@@ -124,6 +127,15 @@ fn a_step_in_flight_is_not_drawn_twice() {
     }
 }
 
+/// What is in a session's file; its metadata are written in any order.
+fn contents(path: &Path) -> (BTreeMap<String, String>, BTreeMap<String, Vec<u8>>) {
+    let bytes = std::fs::read(path).expect("a file");
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).expect("metadata");
+    let file = SafeTensors::deserialize(&bytes).expect("tensors");
+    let fields = metadata.metadata().clone().expect("fields").into_iter().collect();
+    (fields, file.tensors().into_iter().map(|(name, view)| (name, view.data().to_vec())).collect())
+}
+
 /// What was asked for in several turns, cut back, continued and loaded, to the bit of its cache.
 #[test]
 fn the_cache_is_made_again_to_the_bit() {
@@ -131,10 +143,10 @@ fn the_cache_is_made_again_to_the_bit() {
     let ids = Golden::read("llama-32").ids("ids_300").to_vec();
     let directory = tempfile::tempdir().expect("a directory");
     let turns = |session: &mut Session| {
-        generate(session, &ids[..290], &sampled(40)).expect("the first turn");
-        generate(session, &ids[..70], &sampled(20)).expect("the second turn");
+        generate(session, &ids[..290], &sampled(20)).expect("the first turn");
+        generate(session, &ids[..100], &sampled(12)).expect("the second turn");
         // Into the chunk of a prompt, and on from there.
-        session.truncate(400);
+        session.truncate(380);
         generate(session, &[], &greedy(9)).expect("the third turn");
         session.evaluate(&ids[3..4]).expect("a token");
         session.evaluate(&ids[10..20]).expect("tokens");
@@ -154,7 +166,7 @@ fn the_cache_is_made_again_to_the_bit() {
                 faults.inject(Fault::LostUnnoticed, 0, 1);
             }
             second.save(&two).expect("saved");
-            [one, two].map(|path| std::fs::read(path).expect("a file"))
+            [contents(&one), contents(&two)]
         };
         let expected = bytes(false);
         let openings = faults.openings();
@@ -163,6 +175,52 @@ fn the_cache_is_made_again_to_the_bit() {
         assert!(found[0] == expected[0], "{policy}: a session over several turns");
         assert!(found[1] == expected[1], "{policy}: a session that was loaded");
     }
+}
+
+/// Whatever was done with a text: two sessions are asked for the same, one of which loses its device
+/// now and then.
+#[test]
+fn no_history_is_too_odd_to_be_made_again() {
+    let ((calm, _), (shaken, faults)) = (model("llama-32"), model("llama-32"));
+    let ids = Golden::read("llama-32").ids("ids_300").to_vec();
+    let openings = faults.openings();
+    for seed in 0..6 {
+        let mut draws = Draws::new(seed);
+        let mut below = |most: usize| (draws.draw() * most as f32) as usize;
+        let policy = POLICIES[seed as usize % POLICIES.len()];
+        let mut sessions = [session(&calm, policy), session(&shaken, policy)];
+        for turn in 0..12 {
+            if below(3) == 0 {
+                faults.inject(LOSSES[below(3)], below(12) as u64, 1);
+            }
+            let (kind, from, count) = (below(6), below(100), 1 + below(120));
+            let tokens = &ids[from..from + count];
+            let length = sessions[0].tokens().len();
+            let cut = below(length + 1);
+            if kind == 3 || length + count > 600 {
+                sessions.iter_mut().for_each(|session| session.truncate(cut));
+                continue;
+            }
+            let [expected, found] = sessions.each_mut().map(|session| match kind {
+                0 => session.evaluate(&tokens[..1]).map(|logits| format!("{logits:?}")),
+                1 | 4 if length > 0 => {
+                    let made = generate(session, &[], &sampled(1 + count / 8));
+                    made.map(|ids| format!("{ids:?}"))
+                }
+                2 => {
+                    // A step that ran ahead is left behind.
+                    let pieces = session.generate(tokens, &sampled(30)).expect("prompt");
+                    let made: Vec<_> = pieces.take(4).map(|p| p.expect("piece")).collect();
+                    Ok(format!("{made:?}"))
+                }
+                _ => session.evaluate(tokens).map(|logits| format!("{logits:?}")),
+            });
+            let case = format!("{policy}, seed {seed}, turn {turn}, kind {kind}");
+            assert!(found.expect("a result") == expected.expect("a result"), "{case}");
+        }
+        faults.clear();
+    }
+    assert!(faults.openings() > openings + 10, "{} losses", faults.openings() - openings);
 }
 
 /// Every other way to run a text.
@@ -196,6 +254,20 @@ fn logits_probes_and_statistics_survive_as_well() {
         faults.inject(Fault::LostUnnoticed, at, 1);
         assert!(rows() == expected_rows, "logits, lost at {at} of {submissions}");
     }
+
+    // A run that has failed goes on where it was.
+    let options = LogitsOptions { attention, prompt: Some(100), ..LogitsOptions::default() };
+    let run = || LogitsRun::new(&model, &ids[..102], &options, &never).expect("a run");
+    let mut undisturbed_run = run();
+    let mut run = run();
+    while let Some(expected) = undisturbed_run.next_rows().expect("rows") {
+        faults.inject(Fault::LostUnnoticed, 0, 1);
+        faults.inject(Fault::Gone, 0, 3);
+        let error = run.next_rows().expect_err("no device");
+        assert!(matches!(error, Error::DeviceNotRestored { .. }), "{error}");
+        assert_eq!(run.next_rows().expect("rows").as_ref(), Some(&expected));
+    }
+
     let (expected_traces, submissions) = undisturbed(&faults, probe);
     for at in some_of(submissions, 4) {
         faults.inject(Fault::Lost, at, 1);
@@ -352,7 +424,6 @@ fn restoring_can_be_cancelled() {
     let found = generate(&mut session, &prompt, &greedy(6)).expect("text");
     faults.inject(Fault::Lost, 0, 1);
     cancel.cancel();
-    assert!(matches!(session.statistics().map(drop), Ok(()) | Err(Error::Cancelled)));
     assert!(matches!(
         session.save(tempfile::NamedTempFile::new().expect("a file").path()),
         Err(Error::Cancelled)

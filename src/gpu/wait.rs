@@ -47,7 +47,7 @@ impl Device {
     }
 
     /// Polls without a panic: wgpu has one for a device that is lost during a wait, after it has
-    /// told the callback.
+    /// told the callback. The program's panic hook still hears of it.
     pub(super) fn poll(&self, poll: wgpu::PollType) -> Result<(), Stopped> {
         if self.hangs.load(Ordering::Relaxed) {
             return Err(Stopped::Timeout);

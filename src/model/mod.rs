@@ -24,7 +24,7 @@ pub use memory::{MemoryUse, plan_memory};
 
 use crate::backend::{Backend, DeviceInfo, Input, ReadSpeed};
 use crate::bench::{Observed, Observer};
-use crate::checkpoint::{Checkpoint, Files, ModelConfig};
+use crate::checkpoint::{Checkpoint, ModelConfig};
 use crate::cpu::Cpu;
 use crate::delta::{AttentionPolicy, CacheImage, Page, Phase, Thresholds};
 use crate::error::Result;
@@ -222,7 +222,7 @@ impl Model {
     }
 
     #[cfg(feature = "chat")]
-    pub(crate) fn files(&self) -> &Files {
+    pub(crate) fn files(&self) -> &crate::checkpoint::Files {
         &self.placement.checkpoint.files
     }
 

@@ -67,7 +67,7 @@ impl Steady {
     fn steadily<T>(&mut self, mut call: impl FnMut(&mut dyn Decoder) -> Result<T>) -> Result<T> {
         let mut attempts = 0;
         loop {
-            let error = match self.ready(attempts > ATTEMPTS).and_then(|run| call(run)) {
+            let error = match self.ready(attempts > ATTEMPTS).and_then(&mut call) {
                 Err(error) if error.is_lost_device() => error,
                 Err(reason) if self.run.is_none() => return Err(self.not_ready(reason)),
                 done => return done,
