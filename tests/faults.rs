@@ -541,7 +541,11 @@ fn a_restored_device_without_memory_says_both() {
 /// The real thing: a wait that is over before the work is.
 #[test]
 fn a_wait_has_its_limit() {
-    let gpu = GpuOptions { time_limit: std::time::Duration::ZERO, ..GpuOptions::default() };
+    let gpu = GpuOptions {
+        time_limit: std::time::Duration::ZERO,
+        self_test: false,
+        ..GpuOptions::default()
+    };
     let error = Model::open(fixture("llama-32"), &options(gpu.clone()))
         .and_then(|model| {
             let mut session = Session::new(&model, &SessionOptions::default())?;
@@ -560,7 +564,8 @@ fn a_wait_has_its_limit() {
 
 #[test]
 fn limits_that_are_too_small_are_named() {
-    let limited = |bytes| GpuOptions { max_buffer: Some(bytes), ..GpuOptions::default() };
+    let limited =
+        |bytes| GpuOptions { max_buffer: Some(bytes), self_test: false, ..GpuOptions::default() };
     let error = Model::open(fixture("llama-32"), &options(limited(256))).expect_err("no room");
     let Error::DeviceLimit { needed, limit, .. } = error else { panic!("{error}") };
     assert!(needed > limit && limit == 256);
