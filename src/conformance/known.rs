@@ -62,12 +62,23 @@ pub fn of_model<B: Backend>(plan: &ModelPlan) -> Vec<Question<B>> {
             rows::norm_of(backend, &mut Inputs::new(102), (257, 5, 0..5), &[out])
         }));
     }
-    let mut matrices: Vec<_> = body.into_iter().chain([head]).collect();
+    let mut matrices = body.to_vec();
     // The plan names few formats, and each of them several times.
     matrices.sort_by_key(|format| format.name());
     matrices.dedup();
+    let head = float(head).filter(|_| !matrices.contains(&head));
     for format in matrices {
         questions.push(product(format));
+    }
+    if let Some(format) = head {
+        let name = format!("{} weights of a head", format.0);
+        questions.push(Question::new("linear_float", name, move |backend: &B| {
+            // Nothing is added to logits.
+            let (mut inputs, stack): (_, (&[usize], usize)) = (Inputs::new(110), (&[39], 100));
+            let mut checks = float_of(backend, &mut inputs, format, stack, &[1])?;
+            checks.extend(float_of(backend, &mut inputs, format, stack, &[17])?);
+            Ok(checks)
+        }));
     }
     let width = if intermediate.is_multiple_of(4) { 260 } else { 257 };
     let normed = if ternary { ", normed" } else { "" };

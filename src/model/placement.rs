@@ -220,7 +220,7 @@ mod tests {
         let reason = model.fallback().expect("a reason");
         assert!(reason.contains("attention"), "{reason}");
         let pieces = session.generate(&[5, 6, 7], &GenerateOptions::default()).expect("a prompt");
-        assert!(pieces.map(|piece| piece.expect("a piece")).count() > 0);
+        assert!(pieces.filter(|piece| piece.is_ok()).count() > 1);
     }
 
     #[test]
