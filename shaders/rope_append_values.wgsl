@@ -1,5 +1,6 @@
 // Quantises the step's values and appends them to the cache: levels first, and behind them for
-// each row its scale and, in 4 bits, its minimum. A workgroup takes one token of one KV head.
+// each row its scale and, in 4 bits, its minimum. A row that is not finite has NaN as its scale, so
+// that all of it is NaN when it is read. A workgroup takes one token of one KV head.
 // Grid: (G, tokens of this dispatch).
 
 struct Params {
@@ -26,11 +27,16 @@ fn main(lane: Lane, @builtin(workgroup_id) workgroup: vec3<u32>) {
     let position = params.position + token;
     let row = workgroup.x * params.value_stride + position - params.value_first;
 
-    // The highest and, negated, the lowest element; of magnitudes in 8 bits.
+    // The highest and, negated, the lowest element; and 1 where one is not finite, which no
+    // comparison of floats is sure to tell.
     var range = vec4<f32>(-LARGEST);
     for (var i = lane.index; i < HEAD_DIM; i += WORKGROUP) {
         let v = qkv[start + i];
-        range = max(range, vec4<f32>(v, -v, 0.0, 0.0));
+        if ((bitcast<u32>(v) & 0x7f800000u) == 0x7f800000u) {
+            range.z = 1.0;
+        } else {
+            range = max(range, vec4<f32>(v, -v, 0.0, 0.0));
+        }
     }
     range = workgroup_max_vec4f(range, lane);
     var minimum = 0.0;
@@ -57,6 +63,7 @@ fn main(lane: Lane, @builtin(workgroup_id) workgroup: vec3<u32>) {
         values[row * ROW_WORDS + w] = word;
     }
     if (lane.index == 0u) {
-        values[params.value_scales + row] = pack2x16float(vec2<f32>(scale, minimum));
+        let halves = pack2x16float(vec2<f32>(scale, minimum));
+        values[params.value_scales + row] = select(halves, 0x7e007e00u, range.z > 0.5);
     }
 }

@@ -212,6 +212,23 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// was not announced is made ready when it is needed.
     fn announce(&self, _plan: &ModelPlan) {}
 
+    /// Makes sure that the device gets such a model right, but for its attention: where drivers are
+    /// not to be trusted, it is asked for answers that are known.
+    ///
+    /// # Errors
+    /// [`Error::WrongResults`](crate::Error::WrongResults) where it does not.
+    fn vouch_for_model(&self, _plan: &ModelPlan) -> Result<()> {
+        Ok(())
+    }
+
+    /// The same of attention.
+    ///
+    /// # Errors
+    /// As [`Backend::vouch_for_model`].
+    fn vouch_for_attention(&self, _head_dim: usize, _policy: &AttentionPolicy) -> Result<()> {
+        Ok(())
+    }
+
     /// Brings matrices that share their input width to the device, stacked in the order given.
     ///
     /// All are of one [`MatrixFormat`]. They are read in bounded pieces: host memory grows by
@@ -261,6 +278,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// while the host waits for the first one's token: 0 where operations are done when their call
     /// returns.
     fn look_ahead(&self) -> usize;
+
+    /// Whether the device can go away while the program runs, so that what lies on it is gone.
+    fn can_be_lost(&self) -> bool {
+        false
+    }
+
+    /// Gives up a device that was lost: frees what can still be freed, whoever holds it.
+    fn give_up(&self) {}
 
     /// Measures how fast the device reads `bytes` of its memory, or fewer where its limits are
     /// smaller: the ceiling of whatever is bound by memory. Takes some tenths of a second.

@@ -36,6 +36,7 @@
 //! - [`eval`] measures what a policy does to a model's accuracy.
 //! - [`gpu`], [`cpu`] and [`mod@reference`] each implement them. [`mod@reference`] is slow and plain: read
 //!   it to know what an operation does. [`conformance`] holds the other two against it.
+//! - [`mod@bisect`] finds the operation that a driver gets wrong.
 //! - [`mod@bench`] asks how fast a model runs, and how much of the memory's bandwidth it uses.
 //! - [`eval`] asks what a policy costs: tasks, their metrics with standard errors, and the divergence
 //!   from dense attention.
@@ -54,12 +55,14 @@
 //!   bit-equal on every backend. So are compressed pages of keys that are equal.
 //! - A fault is a [`Result`] that names the file, tensor, shape, limit or device. The library does
 //!   not panic on a checkpoint or a prompt, whatever is in it, and it does not print or exit.
-//! - The same seed gives the same text on the same device.
+//! - The same seed gives the same text on the same device, also where that device is lost in the
+//!   middle of it: see [`Model`](Model#lost-devices).
 //!
 //! [`MatrixSource`]: checkpoint::MatrixSource
 
 pub mod backend;
 pub mod bench;
+pub mod bisect;
 #[cfg(feature = "chat")]
 pub mod chat;
 pub mod checkpoint;

@@ -39,8 +39,7 @@ fn dot_fields(w: vec4<u32>, a: vec4<u32>) -> vec4<i32> {
 }
 
 fn dot16(w: vec4<u32>, a: vec4<u32>) -> i32 {
-    return dot4I8Packed(w.x, a.x) + dot4I8Packed(w.y, a.y)
-        + dot4I8Packed(w.z, a.z) + dot4I8Packed(w.w, a.w);
+    return dot4(w.x, a.x) + dot4(w.y, a.y) + dot4(w.z, a.z) + dot4(w.w, a.w);
 }
 
 // Writes the four results of a packed row of the buffer for one token.

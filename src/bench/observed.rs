@@ -194,6 +194,14 @@ impl<B: Backend> Backend for Observed<B> {
         self.inner.announce(plan);
     }
 
+    fn vouch_for_model(&self, plan: &ModelPlan) -> Result<()> {
+        self.inner.vouch_for_model(plan)
+    }
+
+    fn vouch_for_attention(&self, head_dim: usize, policy: &AttentionPolicy) -> Result<()> {
+        self.inner.vouch_for_attention(head_dim, policy)
+    }
+
     fn linear(&self, stack: &[MatrixSource]) -> Result<Self::Linear> {
         let inner = self.inner.linear(stack)?;
         let rows = stack.iter().map(MatrixSource::rows).sum();
@@ -253,6 +261,14 @@ impl<B: Backend> Backend for Observed<B> {
 
     fn look_ahead(&self) -> usize {
         self.inner.look_ahead()
+    }
+
+    fn can_be_lost(&self) -> bool {
+        self.inner.can_be_lost()
+    }
+
+    fn give_up(&self) {
+        self.inner.give_up();
     }
 
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use memmap2::{Mmap, MmapOptions};
 use rayon::prelude::*;
@@ -29,9 +30,12 @@ struct Shard {
 /// What the tensors of a shard are read from.
 #[derive(Debug)]
 enum Data {
-    File(File),
+    /// With its length, and when it was written last, where the system knows.
+    File(File, Stamp),
     Memory(Bytes),
 }
+
+type Stamp = (u64, Option<SystemTime>);
 
 /// Where a tensor lies, and as what.
 #[derive(Clone, Debug)]
@@ -117,6 +121,29 @@ impl Tensors {
     /// Bytes of all tensors in the files.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|info| info.bytes as u64).sum()
+    }
+
+    /// Refuses files that were written since they were opened: what is read of them now need not fit
+    /// what was read before.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] with the file.
+    pub(crate) fn check_unchanged(&self) -> Result<()> {
+        let mut checked: Option<&Arc<Shard>> = None;
+        for TensorInfo { shard, .. } in self.tensors.values() {
+            // Neighbours in the alphabet are most often neighbours in a file.
+            if checked.is_some_and(|checked| Arc::ptr_eq(checked, shard)) {
+                continue;
+            }
+            checked = Some(shard);
+            let Data::File(file, stamp) = &shard.data else { continue };
+            let now = file.metadata().map_err(Error::io(&shard.path))?;
+            if (now.len(), now.modified().ok()) != *stamp {
+                let message = "was changed since the model was opened".into();
+                return Err(Error::Malformed { path: shard.path.clone(), message });
+            }
+        }
+        Ok(())
     }
 
     fn used(&self) -> MutexGuard<'_, BTreeSet<String>> {
@@ -294,10 +321,9 @@ fn read_shard(files: &Files, name: &str) -> Result<BTreeMap<String, TensorInfo>>
     };
     // Of a file only the header's pages are read; the map goes at the end of this function.
     let whole = match &data {
-        Data::File(file) => {
-            let length = file.metadata().map_err(Error::io(&path))?.len();
+        Data::File(file, (length, _)) => {
             // On a machine of 32 bits a file may be larger than memory can be.
-            let length = usize::try_from(length).map_err(|_| Error::Malformed {
+            let length = usize::try_from(*length).map_err(|_| Error::Malformed {
                 path: path.clone(),
                 message: format!("has {length} bytes, which cannot be mapped on this machine"),
             })?;
@@ -338,13 +364,14 @@ fn open_file(path: &Path) -> Result<Data> {
     if metadata.len() == 0 {
         return Err(malformed("is empty"));
     }
-    Ok(Data::File(file))
+    let stamp = (metadata.len(), metadata.modified().ok());
+    Ok(Data::File(file, stamp))
 }
 
 fn map(info: &TensorInfo) -> Result<Bytes> {
     let Shard { path, data } = &*info.shard;
     match data {
-        Data::File(file) => map_file(path, file, info.offset, info.bytes).map(Bytes::mapped),
+        Data::File(file, _) => map_file(path, file, info.offset, info.bytes).map(Bytes::mapped),
         Data::Memory(whole) => {
             let start = info.offset as usize;
             // The header was checked against the length.

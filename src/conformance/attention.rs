@@ -6,12 +6,32 @@
 //! judged on rotations by quarter turns, which are exact, and on keys and values that an F16
 //! cache holds exactly: what differs then is attention alone.
 
-use super::caches::{Case, angles, decoding, quarter_turns, shape};
+use super::caches::{Case, angles, decoding, prompt_then_decode, quarter_turns, shape};
 use super::{Check, Inputs, U, compare, compressed};
 use crate::backend::{Backend, CacheFormat};
 use crate::delta::AttentionPolicy;
 use crate::error::Result;
 use crate::reference::Reference;
+
+/// Plain keys that are turned by real angles, of inputs below 2.
+pub(super) fn rope_append_of<B: Backend>(backend: &B, case: &Case) -> Result<[Check; 2]> {
+    let (got, want) = (case.run(backend)?, case.run(&Reference::new())?);
+    // Two products and their sum: each element is within 3 u of |x cos| + |y sin|, which is at most
+    // |x| + |y|.
+    let name = format!("{}, queries", case.name);
+    let tolerance = |_| 3.0 * U * 4.0;
+    let queries = compare("rope_append", name, &got.queries, &want.queries, tolerance);
+    // Keys have that error, too. In F16 each of them may round the other way, though few will: one
+    // unit in the last place, 2^-10.
+    let rounding = match case.policy.exact {
+        CacheFormat::F32 => 0.0,
+        CacheFormat::F16 => 1.0 / 1024.0,
+    };
+    let bound = case.bound(2.0 * 6.0 * U + rounding, &want.pages)?;
+    let name = format!("{}, keys", case.name);
+    let keys = compare("rope_append", name, &got.attention, &want.attention, |i| bound[i]);
+    Ok([queries, keys])
+}
 
 pub(super) fn rope_append<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let mut checks = Vec::new();
@@ -39,22 +59,7 @@ pub(super) fn rope_append<B: Backend>(backend: &B) -> Result<Vec<Check>> {
                 qkv: inputs.floats(tokens * shape.qkv_width(), 2.0),
                 steps: decoding(&steps),
             };
-            let (got, want) = (case.run(backend)?, case.run(&Reference::new())?);
-            // Two products and their sum: each element is within 3 u of |x cos| + |y sin|, which
-            // is at most |x| + |y|, of inputs below 2.
-            let name = format!("{}, queries", case.name);
-            let tolerance = |_| 3.0 * U * 4.0;
-            checks.push(compare("rope_append", name, &got.queries, &want.queries, tolerance));
-            // Keys have that error, too. In F16 each of them may round the other way, though few
-            // will: one unit in the last place, 2^-10.
-            let rounding = match format {
-                CacheFormat::F32 => 0.0,
-                CacheFormat::F16 => 1.0 / 1024.0,
-            };
-            let bound = case.bound(2.0 * 6.0 * U + rounding, &want.pages)?;
-            let name = format!("{}, keys", case.name);
-            let (got, want) = (&got.attention, &want.attention);
-            checks.push(compare("rope_append", name, got, want, |i| bound[i]));
+            checks.extend(rope_append_of(backend, &case)?);
         }
     }
     checks.extend(compressed::rope_append(backend)?);
@@ -101,19 +106,25 @@ pub(super) fn attention<B: Backend>(backend: &B) -> Result<Vec<Check>> {
                     qkv,
                     steps: decoding(&steps),
                 };
-                let (got, want) = (case.run(backend)?, case.run(&Reference::new())?);
-                let name = format!("{}, queries", case.name);
-                checks.push(compare("rope_append", name, &got.queries, &want.queries, |_| 0.0));
-                let bound = case.bound(0.0, &want.pages)?;
-                let (got, want) = (&got.attention, &want.attention);
-                checks.push(compare("attention", case.name, got, want, |i| bound[i]));
+                checks.extend(attention_of(backend, case)?);
             }
         }
     }
     checks.extend(weights_sum_to_one(backend)?);
+    checks.extend(nothing_broken_is_mended(backend)?);
     checks.extend(chunks_do_not_matter(backend)?);
     checks.extend(compressed::attention(backend)?);
     Ok(checks)
+}
+
+/// Attention over plain keys that are turned by quarters, and whether they are.
+pub(super) fn attention_of<B: Backend>(backend: &B, case: Case) -> Result<[Check; 2]> {
+    let (got, want) = (case.run(backend)?, case.run(&Reference::new())?);
+    let name = format!("{}, queries", case.name);
+    let queries = compare("rope_append", name, &got.queries, &want.queries, |_| 0.0);
+    let bound = case.bound(0.0, &want.pages)?;
+    let (got, want) = (&got.attention, &want.attention);
+    Ok([queries, compare("attention", case.name, got, want, |i| bound[i])])
 }
 
 /// Attention over values of 1 is 1.
@@ -133,6 +144,29 @@ fn weights_sum_to_one<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let want = vec![1.0; 6 * shape.width()];
     let tolerance = |_| 4.0 * tokens as f64 * U;
     Ok(vec![compare("attention", "weights sum to one".into(), &got, &want, tolerance)])
+}
+
+/// One element of one value is not finite: no token that sees it may come out as if nothing were.
+fn nothing_broken_is_mended<B: Backend>(backend: &B) -> Result<Vec<Check>> {
+    let shape = shape(4, 2, 64);
+    let mut checks = Vec::new();
+    for policy in ["dense", "dense values=int8", "dense values=int4", "delta values=int4 page=16"] {
+        for broken in [f32::NAN, f32::INFINITY] {
+            let steps = prompt_then_decode(&[40], &[1]);
+            let policy: AttentionPolicy = policy.parse().expect("a policy of the table");
+            let mut case = compressed::case(&mut Inputs::new(17), shape, policy, steps);
+            // Of the first KV head, which query heads 0 and 1 read.
+            let value = (shape.heads + shape.kv_heads) * shape.head_dim;
+            case.qkv[3 * shape.qkv_width() + value + 5] = broken;
+            let attention = case.run(backend)?.attention;
+            let mut later = attention.chunks_exact(shape.width()).skip(3);
+            let pass = later.all(|row| row[..2 * shape.head_dim].iter().any(|x| !x.is_finite()));
+            let case = format!("{broken} in a value, {policy}");
+            let error = if pass { 0.0 } else { 1.0 };
+            checks.push(Check { operation: "attention", case, error, tolerance: 0.0, pass });
+        }
+    }
+    Ok(checks)
 }
 
 /// A prompt at once, in chunks, and token by token is the same.

@@ -11,7 +11,7 @@ use super::caches::{
 };
 use super::{Check, Inputs, U, compare, measure};
 use crate::backend::{AttentionShape, Backend, CacheFormat};
-use crate::delta::{KeyFormat, Page, Phase, encode_page};
+use crate::delta::{AttentionPolicy, KeyFormat, Page, Phase, encode_page};
 use crate::error::Result;
 use crate::reference::Reference;
 
@@ -41,12 +41,22 @@ const HEAD_DIMS: [usize; 7] = [2, 32, 64, 80, 96, 128, 256];
 const CONTEXT: usize = 160;
 
 /// A case over drifting keys; `policy` is read as a user's.
-fn case(inputs: &mut Inputs, shape: AttentionShape, policy: &str, steps: Vec<StepOf>) -> Case {
+fn read(inputs: &mut Inputs, shape: AttentionShape, policy: &str, steps: Vec<StepOf>) -> Case {
+    case(inputs, shape, policy.parse().expect("a policy of the table"), steps)
+}
+
+/// A case over drifting keys.
+pub(super) fn case(
+    inputs: &mut Inputs,
+    shape: AttentionShape,
+    policy: AttentionPolicy,
+    steps: Vec<StepOf>,
+) -> Case {
     let tokens: usize = steps.iter().map(|step| step.rows).sum();
     let mut case = Case {
         name: format!("{shape:?}, {tokens} tokens, {policy}"),
         shape,
-        policy: policy.parse().expect("a policy of the table"),
+        policy,
         thresholds: None,
         table: no_turns(CONTEXT.max(tokens + 1), shape.head_dim),
         qkv: drifting(inputs, shape, tokens),
@@ -131,6 +141,11 @@ fn encoded(case: &Case) -> Vec<Vec<Page>> {
     (0..case.shape.kv_heads).map(head).collect()
 }
 
+/// Pages against the host's, word for word.
+pub(super) fn pages_of<B: Backend>(backend: &B, case: &Case) -> Result<Check> {
+    Ok(same_pages(&case.name, &case.run(backend)?.pages, &encoded(case)))
+}
+
 /// Each format with two sizes of pages, over all sizes of heads.
 pub(super) fn encode_keys<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let mut checks = Vec::new();
@@ -144,8 +159,8 @@ pub(super) fn encode_keys<B: Backend>(backend: &B) -> Result<Vec<Check>> {
             let steps = odd_steps(&[1, 17, 5, 130, 4, 2, 64], 3 * page + 5);
             let steps: Vec<_> = steps.into_iter().map(|rows| (rows, false)).collect();
             let shape = shape(2, 1 + (i + j) % 2, head_dim);
-            let case = case(&mut inputs, shape, &policy, decoding(&steps));
-            checks.push(same_pages(&case.name, &case.run(backend)?.pages, &encoded(&case)));
+            let case = read(&mut inputs, shape, &policy, decoding(&steps));
+            checks.push(pages_of(backend, &case)?);
         }
     }
     // Each KV head with its own threshold, in both units.
@@ -164,8 +179,8 @@ pub(super) fn encode_keys<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         let policy = format!("keys=delta {keys} page={page} sink={i} window=1");
         let steps = odd_steps(&[1, 17, 5, 130, 4, 2, 64], 3 * page + 5);
         let steps: Vec<_> = steps.into_iter().map(|rows| (rows, false)).collect();
-        let case = thresholds_differ(case(&mut inputs, shape, &policy, decoding(&steps)));
-        checks.push(same_pages(&case.name, &case.run(backend)?.pages, &encoded(&case)));
+        let case = thresholds_differ(read(&mut inputs, shape, &policy, decoding(&steps)));
+        checks.push(pages_of(backend, &case)?);
     }
     Ok(checks)
 }
@@ -184,26 +199,32 @@ pub(super) fn rope_append<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     for (shape, policy) in cases {
         let steps = odd_steps(&[17, 1, 5, 2, 4, 16, 1], 230);
         let steps: Vec<_> = steps.into_iter().map(|rows| (rows, false)).collect();
-        let mut case = case(&mut inputs, shape, policy, decoding(&steps));
+        let mut case = read(&mut inputs, shape, policy, decoding(&steps));
         case.table = angles(case.tokens() + 1, shape.head_dim);
-        let (got, want) = (saved(&case, backend)?, saved(&case, &Reference::new())?);
-        // Two products and their sum are within 3 u of |x| + |y|, which is below 16 each. What is
-        // then rounded to f16 may be rounded the other way.
-        let tolerance = |i: usize| {
-            let rounding = match case.policy.exact {
-                CacheFormat::F32 => 0.0,
-                CacheFormat::F16 => f64::from(want.keys[i]).abs() / 1024.0 + 2f64.powi(-24),
-            };
-            3.0 * U * 32.0 + rounding
-        };
-        let name = format!("{}, original keys", case.name);
-        checks.push(compare("rope_append", name, &got.keys, &want.keys, tolerance));
-        let name = format!("{}, bytes of values", case.name);
-        let (got, want) = (got.values, want.values);
-        let differs = |i: usize| (f64::from(got[i].abs_diff(want[i])), 0.0);
-        checks.push(measure("rope_append", name, got.len(), want.len(), differs));
+        checks.extend(rope_append_of(backend, &case)?);
     }
     Ok(checks)
+}
+
+/// What a cache holds of a case whose keys are turned by real angles.
+pub(super) fn rope_append_of<B: Backend>(backend: &B, case: &Case) -> Result<[Check; 2]> {
+    let (got, want) = (saved(case, backend)?, saved(case, &Reference::new())?);
+    // Two products and their sum are within 3 u of |x| + |y|, which is below 16 each. What is then
+    // rounded to f16 may be rounded the other way.
+    let tolerance = |i: usize| {
+        let rounding = match case.policy.exact {
+            CacheFormat::F32 => 0.0,
+            CacheFormat::F16 => f64::from(want.keys[i]).abs() / 1024.0 + 2f64.powi(-24),
+        };
+        3.0 * U * 32.0 + rounding
+    };
+    let name = format!("{}, original keys", case.name);
+    let keys = compare("rope_append", name, &got.keys, &want.keys, tolerance);
+    let name = format!("{}, bytes of values", case.name);
+    let (got, want) = (got.values, want.values);
+    let differs = |i: usize| (f64::from(got[i].abs_diff(want[i])), 0.0);
+    let values = measure("rope_append", name, got.len(), want.len(), differs);
+    Ok([keys, values])
 }
 
 /// What an image says of original keys and values.
@@ -248,7 +269,7 @@ fn cases(inputs: &mut Inputs) -> Vec<Case> {
             "{keys} values={values} sink={sink} alpha={alpha} shape={window} exact={exact} {small}"
         );
         let steps = prompt_then_decode(&odd_steps(&[5, 17, 2, 16, 1], 130), &[1, 4, 1, 2, 1]);
-        cases.push(case(inputs, shape(heads, kv_heads, head_dim), &policy, steps));
+        cases.push(read(inputs, shape(heads, kv_heads, head_dim), &policy, steps));
     }
     // Large chunks and pages; a decode window of several pages; a long text.
     let delta = "keys=delta theta=0.25 reference=mean deltas=int8";
@@ -283,13 +304,13 @@ fn cases(inputs: &mut Inputs) -> Vec<Case> {
         (2, 1, 2, format!("keys=int8 sink=0 alpha=0 {small}"), vec![33], 60),
     ] {
         let steps = prompt_then_decode(&prompt, &vec![1; decode]);
-        cases.push(case(inputs, shape(heads, kv_heads, head_dim), &policy, steps));
+        cases.push(read(inputs, shape(heads, kv_heads, head_dim), &policy, steps));
     }
     // Queries of zero attend to all positions alike; scores of thousands.
     for (kind, scale) in [("zero", 0.0), ("extreme", 3000.0)] {
         let steps = prompt_then_decode(&[17, 30], &[1, 1]);
         let policy = format!("{delta} values=int8 exact=f32 sink=3 {small}");
-        let mut case = case(inputs, shape(4, 2, 80), &policy, steps);
+        let mut case = read(inputs, shape(4, 2, 80), &policy, steps);
         let width = case.shape.width();
         for row in case.qkv.chunks_exact_mut(case.shape.qkv_width()) {
             row[..width].iter_mut().for_each(|q| *q *= scale);
@@ -300,14 +321,19 @@ fn cases(inputs: &mut Inputs) -> Vec<Case> {
     cases
 }
 
+/// Pages, which must be equal, and attention.
+pub(super) fn attention_of<B: Backend>(backend: &B, case: Case) -> Result<[Check; 2]> {
+    let (got, want) = (case.run(backend)?, case.run(&Reference::new())?);
+    let pages = same_pages(&case.name, &got.pages, &want.pages);
+    let bound = case.bound(0.0, &want.pages)?;
+    let (got, want) = (&got.attention, &want.attention);
+    Ok([pages, compare("attention", case.name, got, want, |i| bound[i])])
+}
+
 pub(super) fn attention<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let mut checks = Vec::new();
     for case in cases(&mut Inputs::new(13)) {
-        let (got, want) = (case.run(backend)?, case.run(&Reference::new())?);
-        checks.push(same_pages(&case.name, &got.pages, &want.pages));
-        let bound = case.bound(0.0, &want.pages)?;
-        let (got, want) = (&got.attention, &want.attention);
-        checks.push(compare("attention", case.name, got, want, |i| bound[i]));
+        checks.extend(attention_of(backend, case)?);
     }
     checks.extend(chunks_do_not_matter(backend)?);
     checks.extend(truncated(backend)?);
@@ -337,7 +363,7 @@ fn chunks_do_not_matter<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let tokens = 75;
     for (head_dim, policy) in CONTINUED {
         let steps = prompt_then_decode(&[tokens], &[]);
-        let whole = case(&mut inputs, shape(4, 2, head_dim), policy, steps);
+        let whole = read(&mut inputs, shape(4, 2, head_dim), policy, steps);
         let whole = thresholds_differ(whole);
         let want = whole.run(backend)?;
         let bound = whole.bound(0.0, &want.pages)?;
@@ -364,7 +390,7 @@ fn truncated<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         for (beyond, length) in [(133, 121), (128, 112), (97, 96), (20, 2), (150, 0)] {
             let before = odd_steps(&[17, 16, 5], length);
             let steps = prompt_then_decode(&before, &[4, 17, 1, 1]);
-            let straight = case(&mut inputs, shape(4, 2, head_dim), policy, steps);
+            let straight = read(&mut inputs, shape(4, 2, head_dim), policy, steps);
             let straight = thresholds_differ(straight);
             // The same text up to `length`, and then another.
             let width = straight.shape.qkv_width();
@@ -404,7 +430,7 @@ fn restored<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         for length in [[2, 70, 117][i % 3], 112] {
             let before = odd_steps(&[17, 16, 5, 1], length);
             let steps = prompt_then_decode(&before, &[1, 17, 2, 1]);
-            let case = case(&mut inputs, shape(4, 2, head_dim), policy, steps);
+            let case = read(&mut inputs, shape(4, 2, head_dim), policy, steps);
             let case = thresholds_differ(case);
             let want = case.run(&reference)?;
             let bound = case.bound(0.0, &want.pages)?;

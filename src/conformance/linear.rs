@@ -13,7 +13,7 @@ use crate::reference::Reference;
 const ROWS: [usize; 6] = [1, 2, 3, 5, 17, 33];
 
 /// A float weight format: its name, how the file stores it, and what becomes of that.
-type FloatFormat = (&'static str, FloatType, fn(MatrixSource) -> MatrixSource);
+pub(super) type FloatFormat = (&'static str, FloatType, fn(MatrixSource) -> MatrixSource);
 
 pub(super) const FLOATS: [FloatFormat; 5] = [
     ("f32", FloatType::F32, |source| source),
@@ -110,7 +110,13 @@ fn product<B: Backend>(
 }
 
 /// Rows of a table are copied exactly, whatever the format: an `i8` times an `f16` fits an `f32`.
-pub(super) fn embed<B: Backend>(backend: &B) -> Result<Vec<Check>> {
+/// `shape`: vocabulary, width, and tokens.
+pub(super) fn embed_of<B: Backend>(
+    backend: &B,
+    inputs: &mut Inputs,
+    format: FloatFormat,
+    shape: (usize, usize, usize),
+) -> Result<Check> {
     fn rows<B: Backend>(backend: &B, table: &MatrixSource, tokens: &[u32]) -> Result<Vec<f32>> {
         let weight = backend.linear(std::slice::from_ref(table))?;
         let mut out = backend.tensor(tokens.len() + 1, table.cols(), TensorFormat::F32)?;
@@ -120,25 +126,27 @@ pub(super) fn embed<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         stream.submit()?;
         stream.read(&out)
     }
+    let (vocabulary, hidden, count) = shape;
+    let table = float_matrix(inputs, vocabulary, hidden, format);
+    let mut tokens: Vec<u32> = (0..count).map(|_| inputs.below(vocabulary) as u32).collect();
+    tokens[0] = vocabulary as u32 - 1;
+    let got = rows(backend, &table, &tokens)?;
+    let want = rows(&Reference::new(), &table, &tokens)?;
+    let case = format!("{} [{vocabulary}, {hidden}], {count} tokens", format.0);
+    Ok(compare("embed", case, &got, &want, |_| 0.0))
+}
+
+pub(super) fn embed<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let mut checks = Vec::new();
     let mut inputs = Inputs::new(1);
     for format in FLOATS {
-        for (vocabulary, hidden, count) in [(1, 1, 1), (7, 31, 3), (33, 100, 17), (300, 260, 33)] {
-            let table = float_matrix(&mut inputs, vocabulary, hidden, format);
-            let mut tokens: Vec<u32> =
-                (0..count).map(|_| inputs.below(vocabulary) as u32).collect();
-            tokens[0] = vocabulary as u32 - 1;
-            let got = rows(backend, &table, &tokens)?;
-            let want = rows(&Reference::new(), &table, &tokens)?;
-            let case = format!("{} [{vocabulary}, {hidden}], {count} tokens", format.0);
-            checks.push(compare("embed", case, &got, &want, |_| 0.0));
+        for shape in [(1, 1, 1), (7, 31, 3), (33, 100, 17), (300, 260, 33)] {
+            checks.push(embed_of(backend, &mut inputs, format, shape)?);
         }
     }
     Ok(checks)
 }
 
-/// A dot product of `n` terms is within `(n + 4) u sum |x| |w|`: Q8 may scale each term or each
-/// block, one or two roundings more, and the residual is one more.
 pub(super) fn linear_float<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let shapes: [(&[usize], usize); 10] = [
         (&[1], 1),
@@ -156,40 +164,52 @@ pub(super) fn linear_float<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let mut inputs = Inputs::new(2);
     for format in FLOATS {
         for (heights, width) in shapes {
-            let stack: Vec<MatrixSource> =
-                heights.iter().map(|&h| float_matrix(&mut inputs, h, width, format)).collect();
-            let weight = backend.linear(&stack)?;
-            let reference = Reference::new().linear(&stack)?;
-            let height = reference.rows();
-            let weights: Vec<Vec<f32>> = (0..height).map(|row| reference.row(row)).collect();
-            for (i, rows) in ROWS.into_iter().enumerate() {
-                let x = inputs.rows(rows, width);
-                let residual = inputs.floats(rows * height, 1.0);
-                let onto = (i % 2 == 1).then_some(&residual[..]);
-                let shape = (rows, width, height);
-                let x_in = Activations::F32(&x);
-                let got = product(backend, &weight, shape, x_in, onto)?;
-                let want = product(&Reference::new(), &reference, shape, x_in, onto)?;
-                let tolerance = |i: usize| {
-                    let x = &x[i / height * width..][..width];
-                    let products = x.iter().zip(&weights[i % height]);
-                    let sum: f64 = products.map(|(&x, &w)| f64::from(x * w).abs()).sum();
-                    let residual = onto.map_or(0.0, |onto| f64::from(onto[i]).abs());
-                    (width as f64 + 4.0) * (U * sum + FLUSHED) + 2.0 * U * residual
-                };
-                let add = if onto.is_some() { ", added" } else { "" };
-                let case = format!("{} {heights:?} x {width}, {rows} rows{add}", format.0);
-                checks.push(compare("linear_float", case, &got, &want, tolerance));
-            }
+            checks.extend(float_of(backend, &mut inputs, format, (heights, width), &ROWS)?);
         }
     }
     Ok(checks)
 }
 
-/// Integer sums are exact, an `f32` holds them, and the two multiplications that follow are
-/// rounded alike everywhere: bit-equal. Only where a sum with the residual follows, which a
-/// compiler may fuse with the multiplication, is one rounding of each granted; with scales of 1
-/// it is exact again.
+/// A stack `(heights, width)` with steps of several `rows`, every second of which adds.
+///
+/// A dot product of `n` terms is within `(n + 4) u sum |x| |w|`: Q8 may scale each term or each
+/// block, one or two roundings more, and the residual is one more.
+pub(super) fn float_of<B: Backend>(
+    backend: &B,
+    inputs: &mut Inputs,
+    format: FloatFormat,
+    (heights, width): (&[usize], usize),
+    rows: &[usize],
+) -> Result<Vec<Check>> {
+    let stack: Vec<MatrixSource> =
+        heights.iter().map(|&h| float_matrix(inputs, h, width, format)).collect();
+    let weight = backend.linear(&stack)?;
+    let reference = Reference::new().linear(&stack)?;
+    let height = reference.rows();
+    let weights: Vec<Vec<f32>> = (0..height).map(|row| reference.row(row)).collect();
+    let mut checks = Vec::new();
+    for (i, &rows) in rows.iter().enumerate() {
+        let x = inputs.rows(rows, width);
+        let residual = inputs.floats(rows * height, 1.0);
+        let onto = (i % 2 == 1).then_some(&residual[..]);
+        let shape = (rows, width, height);
+        let x_in = Activations::F32(&x);
+        let got = product(backend, &weight, shape, x_in, onto)?;
+        let want = product(&Reference::new(), &reference, shape, x_in, onto)?;
+        let tolerance = |i: usize| {
+            let x = &x[i / height * width..][..width];
+            let products = x.iter().zip(&weights[i % height]);
+            let sum: f64 = products.map(|(&x, &w)| f64::from(x * w).abs()).sum();
+            let residual = onto.map_or(0.0, |onto| f64::from(onto[i]).abs());
+            (width as f64 + 4.0) * (U * sum + FLUSHED) + 2.0 * U * residual
+        };
+        let add = if onto.is_some() { ", added" } else { "" };
+        let case = format!("{} {heights:?} x {width}, {rows} rows{add}", format.0);
+        checks.push(compare("linear_float", case, &got, &want, tolerance));
+    }
+    Ok(checks)
+}
+
 pub(super) fn linear_ternary<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let mut inputs = Inputs::new(3);
     let mut stacks: Vec<(String, Vec<MatrixSource>)> = Vec::new();
@@ -207,9 +227,7 @@ pub(super) fn linear_ternary<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         let stack = heights.iter().map(|&h| packed_matrix(&mut inputs, h, width, 1.0)).collect();
         stacks.push((format!("packed {heights:?} x {width}"), stack));
     }
-    let stack = [(64, 0.37), (16, 1.9e-3), (20, 2.3)];
-    let stack = stack.map(|(h, scale)| packed_matrix(&mut inputs, h, 192, scale)).to_vec();
-    stacks.push(("packed with scales [64, 16, 20] x 192".into(), stack));
+    stacks.push(scaled_stack(&mut inputs));
     let heights: [(&[usize], usize); 6] =
         [(&[1], 65), (&[2], 7), (&[3], 64), (&[7], 130), (&[66], 48), (&[5, 1, 3], 128)];
     for (heights, width) in heights {
@@ -222,40 +240,63 @@ pub(super) fn linear_ternary<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     stacks.push(("all -1 [9] x 6912".into(), vec![ones(0)]));
 
     let mut checks = Vec::new();
-    for (name, stack) in &stacks {
-        let weight = backend.linear(stack)?;
-        let reference = Reference::new().linear(stack)?;
-        let (width, height) = (reference.cols(), reference.rows());
-        for (i, rows) in ROWS.into_iter().enumerate() {
-            let unit_scales = stack.iter().all(|part| part.scale() == 1.0);
-            let mut x: Vec<i8> =
-                (0..rows * width).map(|_| (inputs.below(256) as i32 - 128) as i8).collect();
-            // Row 0 is the largest activation throughout, row 1 the smallest, row 2 zero.
-            for (row, value) in [127, -128, 0].into_iter().enumerate().take(rows) {
-                x[row * width..][..width].fill(value);
-            }
-            let scales: Vec<f32> = (0..rows)
-                .map(|_| if unit_scales { 1.0 } else { inputs.unit().abs() + 1e-3 })
-                .collect();
-            let x_in = Activations::Int8(&x, &scales);
-            let residual: Vec<f32> = (0..rows * height)
-                .map(|_| if unit_scales { inputs.below(200) as f32 } else { inputs.unit() })
-                .collect();
-            let onto = (i % 2 == 1).then_some(&residual[..]);
-            let shape = (rows, width, height);
-            let got = product(backend, &weight, shape, x_in, onto)?;
-            let want = product(&Reference::new(), &reference, shape, x_in, onto)?;
-            let tolerance = |i: usize| match onto {
-                Some(onto) if !unit_scales => {
-                    let (sum, residual) = (f64::from(want[i]), f64::from(onto[i]));
-                    2.0 * U * (sum.abs() + residual.abs())
-                }
-                _ => 0.0,
-            };
-            let add = if onto.is_some() { ", added" } else { "" };
-            let case = format!("{name}, {rows} rows{add}");
-            checks.push(compare("linear_ternary", case, &got, &want, tolerance));
+    for stack in &stacks {
+        checks.extend(ternary_of(backend, &mut inputs, stack, &ROWS)?);
+    }
+    Ok(checks)
+}
+
+/// Three ternary matrices of different scales, and what they are.
+pub(super) fn scaled_stack(inputs: &mut Inputs) -> (String, Vec<MatrixSource>) {
+    let stack = [(64, 0.37), (16, 1.9e-3), (20, 2.3)];
+    let stack = stack.map(|(h, scale)| packed_matrix(inputs, h, 192, scale)).to_vec();
+    ("packed with scales [64, 16, 20] x 192".into(), stack)
+}
+
+/// A ternary stack with steps of several `rows`, every second of which adds.
+///
+/// Integer sums are exact, an `f32` holds them, and the two multiplications that follow are
+/// rounded alike everywhere: bit-equal. Only where a sum with the residual follows, which a
+/// compiler may fuse with the multiplication, is one rounding of each granted; with scales of 1
+/// it is exact again.
+pub(super) fn ternary_of<B: Backend>(
+    backend: &B,
+    inputs: &mut Inputs,
+    (name, stack): &(String, Vec<MatrixSource>),
+    rows: &[usize],
+) -> Result<Vec<Check>> {
+    let weight = backend.linear(stack)?;
+    let reference = Reference::new().linear(stack)?;
+    let (width, height) = (reference.cols(), reference.rows());
+    let mut checks = Vec::new();
+    for (i, &rows) in rows.iter().enumerate() {
+        let unit_scales = stack.iter().all(|part| part.scale() == 1.0);
+        let mut x: Vec<i8> =
+            (0..rows * width).map(|_| (inputs.below(256) as i32 - 128) as i8).collect();
+        // Row 0 is the largest activation throughout, row 1 the smallest, row 2 zero.
+        for (row, value) in [127, -128, 0].into_iter().enumerate().take(rows) {
+            x[row * width..][..width].fill(value);
         }
+        let scales: Vec<f32> =
+            (0..rows).map(|_| if unit_scales { 1.0 } else { inputs.unit().abs() + 1e-3 }).collect();
+        let x_in = Activations::Int8(&x, &scales);
+        let residual: Vec<f32> = (0..rows * height)
+            .map(|_| if unit_scales { inputs.below(200) as f32 } else { inputs.unit() })
+            .collect();
+        let onto = (i % 2 == 1).then_some(&residual[..]);
+        let shape = (rows, width, height);
+        let got = product(backend, &weight, shape, x_in, onto)?;
+        let want = product(&Reference::new(), &reference, shape, x_in, onto)?;
+        let tolerance = |i: usize| match onto {
+            Some(onto) if !unit_scales => {
+                let (sum, residual) = (f64::from(want[i]), f64::from(onto[i]));
+                2.0 * U * (sum.abs() + residual.abs())
+            }
+            _ => 0.0,
+        };
+        let add = if onto.is_some() { ", added" } else { "" };
+        let case = format!("{name}, {rows} rows{add}");
+        checks.push(compare("linear_ternary", case, &got, &want, tolerance));
     }
     Ok(checks)
 }

@@ -1,8 +1,8 @@
 //! The one table of operations: each is run on awkward inputs and compared with
 //! [`crate::reference`].
 //!
-//! The tests walk this table for every backend, and a start-up self test can, since it is a plain
-//! library function: an operation that is not in the table does not exist.
+//! The tests walk this table for every backend: an operation that is not in the table does not exist.
+//! A device is asked some of it before it is trusted with a model, see [`known`].
 //!
 //! # Tolerances
 //! None is tuned. Each is a bound of the rounding error of any reasonable order of evaluation, in
@@ -15,6 +15,7 @@
 mod attention;
 mod caches;
 mod compressed;
+pub mod known;
 mod linear;
 mod rows;
 mod sample;

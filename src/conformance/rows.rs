@@ -75,32 +75,60 @@ fn norm_error(width: usize) -> f64 {
     (width as f64 / 2.0 + 8.0) * U
 }
 
-pub(super) fn norm<B: Backend>(backend: &B) -> Result<Vec<Check>> {
-    struct Case<'a> {
-        x: &'a [f32],
-        width: usize,
-        weight: &'a [f32],
-        eps: f32,
-    }
-    fn normed<B: Backend>(
-        backend: &B,
-        case: &Case<'_>,
-        live: Range<usize>,
-        format: TensorFormat,
-    ) -> Result<Output> {
-        let rows = case.x.len() / case.width;
-        let norm = backend.norm(case.weight, case.eps)?;
-        let mut x = backend.tensor(rows + 2, case.width, TensorFormat::F32)?;
-        backend.write(&mut x, case.x)?;
-        let mut out = backend.tensor(rows + 1, case.width, format)?;
-        let mut stream = step(backend, rows, 32)?;
-        stream.norm(&x, live, &norm, &mut out)?;
-        output::<B>(&mut stream, &out, format)
-    }
+/// A case of `norm`.
+struct Norm<'a> {
+    /// `[rows, width]`.
+    x: &'a [f32],
+    width: usize,
+    weight: &'a [f32],
+    eps: f32,
+}
 
+fn normed<B: Backend>(
+    backend: &B,
+    case: &Norm<'_>,
+    live: Range<usize>,
+    format: TensorFormat,
+) -> Result<Output> {
+    let rows = case.x.len() / case.width;
+    let norm = backend.norm(case.weight, case.eps)?;
+    let mut x = backend.tensor(rows + 2, case.width, TensorFormat::F32)?;
+    backend.write(&mut x, case.x)?;
+    let mut out = backend.tensor(rows + 1, case.width, format)?;
+    let mut stream = step(backend, rows, 32)?;
+    stream.norm(&x, live, &norm, &mut out)?;
+    output::<B>(&mut stream, &out, format)
+}
+
+/// The `live` of so many rows, into each of some formats.
+pub(super) fn norm_of<B: Backend>(
+    backend: &B,
+    inputs: &mut Inputs,
+    (width, rows, live): (usize, usize, Range<usize>),
+    formats: &[TensorFormat],
+) -> Result<Vec<Check>> {
+    let x = inputs.rows(rows, width);
+    let weight = inputs.floats(width, 2.0);
+    let case = Norm { x: &x, width, weight: &weight, eps: 1e-5 };
+    let Output::F32(want) = normed(&Reference::new(), &case, live.clone(), TensorFormat::F32)?
+    else {
+        unreachable!("F32 was asked for");
+    };
+    let mut checks = Vec::new();
+    for &format in formats {
+        let got = normed(backend, &case, live.clone(), format)?;
+        let name = format!("width {width}, rows {live:?} of {rows}, to {format:?}");
+        let bound = |y: &f32| norm_error(width) * f64::from(y.abs()) + FLUSHED;
+        let bound: Vec<f64> = want.iter().map(bound).collect();
+        checks.extend(compare_rows("norm", name, &got, &want, width, &bound));
+    }
+    Ok(checks)
+}
+
+pub(super) fn norm<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let mut checks = Vec::new();
     let mut inputs = Inputs::new(4);
-    for (width, rows, live) in [
+    for shape in [
         (1, 1, 0..1),
         (3, 5, 0..5),
         (31, 2, 1..2),
@@ -110,27 +138,15 @@ pub(super) fn norm<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         (2560, 6, 5..6),
         (2560, 33, 0..33),
     ] {
-        let x = inputs.rows(rows, width);
-        let weight = inputs.floats(width, 2.0);
-        let case = Case { x: &x, width, weight: &weight, eps: 1e-5 };
-        let Output::F32(want) = normed(&Reference::new(), &case, live.clone(), TensorFormat::F32)?
-        else {
-            unreachable!("F32 was asked for");
-        };
-        for format in [TensorFormat::F32, TensorFormat::Int8] {
-            let got = normed(backend, &case, live.clone(), format)?;
-            let name = format!("width {width}, rows {live:?} of {rows}, to {format:?}");
-            let bound = |y: &f32| norm_error(width) * f64::from(y.abs()) + FLUSHED;
-            let bound: Vec<f64> = want.iter().map(bound).collect();
-            checks.extend(compare_rows("norm", name, &got, &want, width, &bound));
-        }
+        let formats = [TensorFormat::F32, TensorFormat::Int8];
+        checks.extend(norm_of(backend, &mut inputs, shape, &formats)?);
     }
 
     // Where epsilon does not matter, a norm does not see the scale of its input.
     let (width, x) = (300, inputs.floats(300, 1.0));
     let weight = vec![1.0; width];
     let large: Vec<f32> = x.iter().map(|v| v * 1024.0).collect();
-    let case = |x| Case { x, width, weight: &weight, eps: 1e-12 };
+    let case = |x| Norm { x, width, weight: &weight, eps: 1e-12 };
     let small = normed(backend, &case(&x), 0..1, TensorFormat::F32)?;
     let large = normed(backend, &case(&large), 0..1, TensorFormat::F32)?;
     if let (Output::F32(small), Output::F32(large)) = (small, large) {
@@ -177,7 +193,14 @@ fn gate_bound(case: &Gate<'_>, want: &[f32]) -> Vec<f64> {
     (0..want.len()).map(bound).collect()
 }
 
-pub(super) fn gate<B: Backend>(backend: &B) -> Result<Vec<Check>> {
+/// Gate and up of so many rows, into each of some formats.
+pub(super) fn gate_of<B: Backend>(
+    backend: &B,
+    inputs: &mut Inputs,
+    (width, rows): (usize, usize),
+    (activation, normed): (Activation, bool),
+    formats: &[TensorFormat],
+) -> Result<Vec<Check>> {
     fn gated<B: Backend>(backend: &B, case: &Gate<'_>, format: TensorFormat) -> Result<Output> {
         let rows = case.gate_up.len() / (2 * case.width);
         let norm = case.norm.map(|weight| backend.norm(weight, EPS as f32)).transpose()?;
@@ -189,38 +212,46 @@ pub(super) fn gate<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         output::<B>(&mut stream, &out, format)
     }
 
+    let mut gate_up = inputs.floats(rows * 2 * width, 8.0);
+    // The last row is zero but where there is only one; the middle one has gates at which a careless
+    // sigmoid overflows.
+    if rows > 1 {
+        gate_up[(rows - 1) * 2 * width..].fill(0.0);
+    }
+    if rows > 2 {
+        let middle = &mut gate_up[rows / 2 * 2 * width..][..width];
+        for (gate, extreme) in
+            middle.iter_mut().zip([-100.0, 100.0, -88.0, 1e4, -1e4, 0.0, -0.0, 1e-20])
+        {
+            *gate = extreme;
+        }
+    }
+    let weight = inputs.floats(width, 2.0);
+    let norm = normed.then_some(&weight[..]);
+    let case = Gate { gate_up: &gate_up, width, activation, norm };
+    let Output::F32(want) = gated(&Reference::new(), &case, TensorFormat::F32)? else {
+        unreachable!("F32 was asked for");
+    };
+    let bound = gate_bound(&case, &want);
+    let mut checks = Vec::new();
+    for &format in formats {
+        let got = gated(backend, &case, format)?;
+        let normed = if normed { ", normed" } else { "" };
+        let name = format!("{activation:?}, [{rows}, {width}]{normed}, to {format:?}");
+        checks.extend(compare_rows("gate", name, &got, &want, width, &bound));
+    }
+    Ok(checks)
+}
+
+pub(super) fn gate<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     let mut checks = Vec::new();
     let mut inputs = Inputs::new(5);
-    for (width, rows) in [(1, 1), (3, 5), (31, 2), (64, 17), (257, 5), (1000, 3), (6912, 2)] {
+    for shape in [(1, 1), (3, 5), (31, 2), (64, 17), (257, 5), (1000, 3), (6912, 2)] {
         for activation in [Activation::Silu, Activation::Relu2] {
-            let mut gate_up = inputs.floats(rows * 2 * width, 8.0);
-            // The last row is zero but where there is only one; the middle one has gates at which
-            // a careless sigmoid overflows.
-            if rows > 1 {
-                gate_up[(rows - 1) * 2 * width..].fill(0.0);
-            }
-            if rows > 2 {
-                let middle = &mut gate_up[rows / 2 * 2 * width..][..width];
-                for (gate, extreme) in
-                    middle.iter_mut().zip([-100.0, 100.0, -88.0, 1e4, -1e4, 0.0, -0.0, 1e-20])
-                {
-                    *gate = extreme;
-                }
-            }
             for normed in [false, true] {
-                let weight = inputs.floats(width, 2.0);
-                let norm = normed.then_some(&weight[..]);
-                let case = Gate { gate_up: &gate_up, width, activation, norm };
-                let Output::F32(want) = gated(&Reference::new(), &case, TensorFormat::F32)? else {
-                    unreachable!("F32 was asked for");
-                };
-                let bound = gate_bound(&case, &want);
-                for format in [TensorFormat::F32, TensorFormat::Int8] {
-                    let got = gated(backend, &case, format)?;
-                    let normed = if normed { ", normed" } else { "" };
-                    let name = format!("{activation:?}, [{rows}, {width}]{normed}, to {format:?}");
-                    checks.extend(compare_rows("gate", name, &got, &want, width, &bound));
-                }
+                let formats = [TensorFormat::F32, TensorFormat::Int8];
+                let how = (activation, normed);
+                checks.extend(gate_of(backend, &mut inputs, shape, how, &formats)?);
             }
         }
     }

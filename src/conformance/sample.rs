@@ -61,19 +61,40 @@ fn check<B: Backend>(
     Ok(Check { operation: "sample", case, error, tolerance: 0.0, pass })
 }
 
-pub(super) fn sample<B: Backend>(backend: &B) -> Result<Vec<Check>> {
-    let mut checks = Vec::new();
-    let mut inputs = Inputs::new(10);
-    let none = TokenSet::default();
-    let greedy = SampleStep {
+/// The likeliest token, of any text.
+fn greedy(none: &TokenSet) -> SampleStep<'_> {
+    SampleStep {
         temperature: 0.0,
         top_k: 0,
         top_p: 1.0,
         min_p: 0.0,
         repetition_penalty: 1.0,
-        seen: &none,
+        seen: none,
         draw: 0.5,
-    };
+    }
+}
+
+/// One choice of each kind, from as many tokens as take two rounds; and NaN among them.
+pub(super) fn answers<B: Backend>(backend: &B) -> Result<Vec<Check>> {
+    let mut seen = TokenSet::new(1100);
+    (0..1100).step_by(3).for_each(|token| seen.insert(token));
+    let greedy = SampleStep { repetition_penalty: 1.3, ..greedy(&seen) };
+    let drawn = SampleStep { temperature: 0.8, top_k: 40, top_p: 0.95, min_p: 0.05, ..greedy };
+    let mut logits = Inputs::new(109).floats(1100, 10.0);
+    let mut checks = Vec::new();
+    for (kind, settings) in [("greedy", &greedy), ("drawn", &drawn)] {
+        checks.push(check(backend, format!("{kind} of 1100"), &logits, 2, settings)?);
+    }
+    logits[1033] = f32::NAN;
+    checks.push(not_finite(backend, "NaN at 1033 of 1100, greedy".into(), &logits, &greedy)?);
+    Ok(checks)
+}
+
+pub(super) fn sample<B: Backend>(backend: &B) -> Result<Vec<Check>> {
+    let mut checks = Vec::new();
+    let mut inputs = Inputs::new(10);
+    let none = TokenSet::default();
+    let greedy = greedy(&none);
 
     // Ordinary logits, drawn in many ways. Filters alone and together.
     for vocabulary in [1, 7, 33, 1000, 32_003] {
@@ -199,14 +220,23 @@ fn extremes<B: Backend>(
         for (kind, settings) in [("greedy", greedy), ("drawn", &drawn)] {
             let mut logits = inputs.floats(vocabulary, 3.0);
             logits[place] = f32::NAN;
-            let result = choose(backend, &logits, 1, settings);
-            let pass = matches!(result, Err(Error::NotFinite { .. }));
             let case = format!("NaN at {place} of {vocabulary}, {kind}");
-            let error = if pass { 0.0 } else { 1.0 };
-            checks.push(Check { operation: "sample", case, error, tolerance: 0.0, pass });
+            checks.push(not_finite(backend, case, &logits, settings)?);
         }
     }
     Ok(checks)
+}
+
+/// Nothing must be chosen from these.
+fn not_finite<B: Backend>(
+    backend: &B,
+    case: String,
+    logits: &[f32],
+    settings: &SampleStep<'_>,
+) -> Result<Check> {
+    let pass = matches!(choose(backend, logits, 1, settings), Err(Error::NotFinite { .. }));
+    let error = if pass { 0.0 } else { 1.0 };
+    Ok(Check { operation: "sample", case, error, tolerance: 0.0, pass })
 }
 
 /// A text of a tiny model, each step on the token that the one before it sampled: with the host

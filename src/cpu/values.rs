@@ -130,12 +130,18 @@ impl Kernel for Quantise<'_> {
             row[..len].iter().fold(bounds, |(low, high), &v| (low.min(v), high.max(v)))
         };
         let (mut low, mut high) = (simd.splat(f32::INFINITY), simd.splat(f32::NEG_INFINITY));
+        // Nothing but what is not finite makes a sum of zeros anything else.
+        let (zero, mut zeros) = (simd.splat(0.0), simd.splat(0.0));
         for block in 0..head_dim / BLOCK {
             for i in 0..BLOCK / S::LANES {
                 let v = row.load(simd, block, i);
                 (low, high) = (simd.min(low, v), simd.max(high, v));
+                zeros = simd.fma(v, zero, zeros);
             }
         }
+        let last = &row.get(head_dim / BLOCK)[..head_dim % BLOCK];
+        let finite = simd.sum(zeros) == 0.0 && last.iter().all(|v| v.is_finite());
+        let scaled = |scale: f32| if finite { f16::from_f32(scale) } else { f16::NAN };
         let mut lanes = [[0.0; BLOCK]; 2];
         simd.store(&mut lanes[0], 0, low);
         simd.store(&mut lanes[1], 0, high);
@@ -146,11 +152,11 @@ impl Kernel for Quantise<'_> {
         let (top, bottom, minimum, scale) = match format {
             ValueFormat::Int4 => {
                 let minimum = f16::from_f32(low);
-                let scale = f16::from_f32((high - minimum.to_f32()) * (1.0 / 15.0));
+                let scale = scaled((high - minimum.to_f32()) * (1.0 / 15.0));
                 (15.0, 0.0, minimum, scale)
             }
             _ => {
-                let scale = f16::from_f32(high.max(-low).abs() * (1.0 / 127.0));
+                let scale = scaled(high.max(-low).abs() * (1.0 / 127.0));
                 (127.0, -127.0, f16::ZERO, scale)
             }
         };

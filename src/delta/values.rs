@@ -31,8 +31,11 @@ const INT4_TOP: f32 = 15.0;
 /// - `Int4`: `minimum = f16(min v)`, `scale = f16((max v - minimum) * (1 / 15))`,
 ///   `level = clamp(round_half_even((v - minimum) / scale), 0, 15)`.
 ///
-/// Levels are 0 where the scale is.
+/// Levels are 0 where the scale is. A row that is not finite has NaN as its scale, and so all of it
+/// is NaN when it is read: nothing that a model did wrong becomes a number again.
 pub fn encode_value(format: ValueFormat, exact: CacheFormat, row: &[f32], out: &mut Vec<u8>) {
+    let finite = row.iter().all(|v| v.is_finite());
+    let scaled = |scale: f32| if finite { f16::from_f32(scale) } else { f16::NAN };
     match format {
         ValueFormat::Plain => match exact {
             CacheFormat::F32 => out.extend(row.iter().flat_map(|v| v.to_le_bytes())),
@@ -42,7 +45,7 @@ pub fn encode_value(format: ValueFormat, exact: CacheFormat, row: &[f32], out: &
         },
         ValueFormat::Int8 => {
             let largest = row.iter().fold(0.0f32, |max, v| max.max(v.abs()));
-            let scale = f16::from_f32(largest * (1.0 / INT8_TOP));
+            let scale = scaled(largest * (1.0 / INT8_TOP));
             out.extend(row.iter().map(|&v| {
                 let level = nearest_level(v, scale.to_f32()).clamp(-INT8_TOP, INT8_TOP);
                 level as i8 as u8
@@ -53,7 +56,7 @@ pub fn encode_value(format: ValueFormat, exact: CacheFormat, row: &[f32], out: &
             let lowest = row.iter().copied().fold(f32::INFINITY, f32::min);
             let highest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let minimum = f16::from_f32(lowest);
-            let scale = f16::from_f32((highest - minimum.to_f32()) * (1.0 / INT4_TOP));
+            let scale = scaled((highest - minimum.to_f32()) * (1.0 / INT4_TOP));
             let level = |v: &f32| {
                 let level = nearest_level(v - minimum.to_f32(), scale.to_f32());
                 level.clamp(0.0, INT4_TOP) as u8
@@ -134,6 +137,16 @@ mod tests {
             // All alike: Int4 has a scale of 0 and keeps the minimum.
             if format != ValueFormat::Int8 {
                 assert_eq!(round_trip(format, &[3.0; 4]), [3.0; 4]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for format in [ValueFormat::Int8, ValueFormat::Int4] {
+                let found = round_trip(format, &[1.0, broken, 0.0]);
+                assert!(found.iter().all(|v| v.is_nan()), "{format:?}, {broken}: {found:?}");
             }
         }
     }

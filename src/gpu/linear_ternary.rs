@@ -1,7 +1,7 @@
 //! `linear` for ternary weights and int8 activations, in exact integers.
 
 use super::linear::{FEW_TOKENS, Linear};
-use super::shader::{Abilities, Binding, Kernel, Program, reduce, wgsl};
+use super::shader::{Abilities, Binding, Kernel, Program, dot, reduce, wgsl};
 use super::stream::Stream;
 use super::tensor::Tensor;
 use super::tuning::Cut;
@@ -28,16 +28,25 @@ pub(super) fn program(add: bool, cut: Cut, abilities: Abilities) -> Program {
     let Cut { workgroup, rows } = cut;
     Program {
         constants: vec![("WORKGROUP", workgroup), ("ROWS", rows), ("ACCUMULATE", add.into())],
-        parts: vec![reduce(abilities), wgsl!("common/ternary.wgsl"), wgsl!("linear_ternary.wgsl")],
+        parts: vec![
+            reduce(abilities),
+            dot(abilities),
+            wgsl!("common/ternary.wgsl"),
+            wgsl!("linear_ternary.wgsl"),
+        ],
         bindings: bindings(),
         f16: false,
     }
 }
 
-pub(super) fn tiled_program(add: bool, tokens: u32) -> Program {
+pub(super) fn tiled_program(add: bool, tokens: u32, abilities: Abilities) -> Program {
     Program {
         constants: vec![("TOKENS", tokens), ("ACCUMULATE", add.into())],
-        parts: vec![wgsl!("common/ternary.wgsl"), wgsl!("linear_ternary_tiled.wgsl")],
+        parts: vec![
+            dot(abilities),
+            wgsl!("common/ternary.wgsl"),
+            wgsl!("linear_ternary_tiled.wgsl"),
+        ],
         bindings: bindings(),
         f16: false,
     }

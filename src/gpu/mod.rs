@@ -3,10 +3,14 @@
 //! | file | what |
 //! |---|---|
 //! | `device` | adapters, opening one, its failures as errors |
+//! | `wait` | waiting for one, with a limit |
+//! | `fault` | failures on demand, for tests |
 //! | `buffer`, `tensor`, `linear`, `cache` | what lies on the device |
 //! | `image` | a cache read back, and restored |
 //! | `shader`, `pipeline`, `pipelines` | the table of kernels, linking them, and compiling them ahead |
 //! | `tuning`, `tune` | how work is cut for a device, and finding that out |
+//! | `self_test`, `findings` | known answers before a device is trusted, and remembering them |
+//! | `doctor`, `sabotage` | all known answers in every variant; kernels broken on purpose |
 //! | `recorder`, `stream` | a session's operations, submitted once a step |
 //! | `timer`, `read_speed` | what benchmarks need: times of kernels, the speed of memory |
 //! | one for each operation | its parameters and grid; the kernel is `shaders/<operation>.wgsl` |
@@ -18,8 +22,11 @@ mod attention;
 mod buffer;
 mod cache;
 mod device;
+mod doctor;
 mod embed;
 mod encode_keys;
+mod fault;
+mod findings;
 mod gate;
 mod image;
 mod linear;
@@ -31,21 +38,28 @@ mod pipelines;
 mod read_speed;
 mod recorder;
 mod rope_append;
+mod sabotage;
 mod sample;
+mod self_test;
 mod shader;
 mod stream;
 mod tensor;
 mod timer;
 mod tune;
 mod tuning;
+mod wait;
 
 use std::sync::Arc;
 
 pub use cache::Cache;
 pub use device::{Adapter, GpuOptions, Select, adapters};
+pub use doctor::{Answer, Diagnosis, Verdict, diagnose};
+pub use fault::{Fault, Faults};
+pub use findings::{Finding, Findings};
 pub use linear::Linear;
 pub use recorder::Counters;
-pub use shader::{ShaderSource, shader_sources};
+pub use sabotage::Sabotage;
+pub use shader::{Abilities, ShaderSource, shader_sources};
 pub use stream::Stream;
 pub use tensor::{Norm, Rope, Tensor};
 pub use tune::{Measurement, Tuned, tune};
@@ -56,6 +70,8 @@ use crate::backend::{
     TensorFormat,
 };
 use crate::checkpoint::MatrixSource;
+use crate::conformance::known;
+use crate::delta::AttentionPolicy;
 use crate::error::Result;
 use shader::Kernel;
 use tensor::{RowScale, padded};
@@ -125,6 +141,14 @@ impl Backend for Gpu {
 
     fn announce(&self, plan: &ModelPlan) {
         self.device.announce(kernels_of(plan, &self.device.tuning));
+    }
+
+    fn vouch_for_model(&self, plan: &ModelPlan) -> Result<()> {
+        self_test::ask(self, &known::of_model(plan))
+    }
+
+    fn vouch_for_attention(&self, head_dim: usize, policy: &AttentionPolicy) -> Result<()> {
+        self_test::ask(self, &known::of_attention(head_dim, policy))
     }
 
     fn linear(&self, stack: &[MatrixSource]) -> Result<Linear> {
@@ -197,6 +221,14 @@ impl Backend for Gpu {
     /// next step. More would only be thrown away at the end of a text.
     fn look_ahead(&self) -> usize {
         1
+    }
+
+    fn can_be_lost(&self) -> bool {
+        true
+    }
+
+    fn give_up(&self) {
+        self.device.lose();
     }
 }
 

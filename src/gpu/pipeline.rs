@@ -1,6 +1,7 @@
 //! Compiles kernels.
 
 use super::recorder::PARAMETER_BYTES;
+use super::sabotage::Sabotage;
 use super::shader::{Abilities, Binding, Kernel};
 
 /// A compiled kernel and the layout of its bind group.
@@ -12,12 +13,18 @@ pub(super) struct Pipeline {
 }
 
 impl Pipeline {
-    /// Compiles `kernel`. Errors go to wgpu's error scopes.
-    pub(super) fn new(device: &wgpu::Device, kernel: Kernel, abilities: Abilities) -> Self {
+    /// Compiles `kernel`, or what is left of it. Errors go to wgpu's error scopes.
+    pub(super) fn new(
+        device: &wgpu::Device,
+        kernel: Kernel,
+        abilities: Abilities,
+        sabotage: &Sabotage,
+    ) -> Self {
         let program = kernel.program(abilities);
+        let wgsl = sabotage.of(kernel, abilities, program.wgsl());
         let descriptor = wgpu::ShaderModuleDescriptor {
             label: Some(kernel.name()),
-            source: wgpu::ShaderSource::Wgsl(program.wgsl().into()),
+            source: wgpu::ShaderSource::Wgsl(wgsl.into()),
         };
         // Without this, wgpu counts the iterations of every loop to be sure that it ends, and a
         // compiler cannot unroll what counts: the tiled kernels ran two to three times slower.

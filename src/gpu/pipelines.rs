@@ -5,19 +5,22 @@
 //! that is not ready waits for it, or compiles it where nobody has begun.
 
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use super::pipeline::Pipeline;
-use super::shader::Kernel;
+use super::shader::{Abilities, Kernel};
 
 /// A kernel's pipeline, or what the driver said; empty while nobody has compiled it.
 type Slot = Arc<OnceLock<Result<Arc<Pipeline>, String>>>;
 
-/// Compiles a kernel.
-type Compile = dyn Fn(Kernel) -> Result<Pipeline, String> + Send + Sync;
+/// Compiles a kernel, linked for these abilities.
+type Compile = dyn Fn(Kernel, Abilities) -> Result<Pipeline, String> + Send + Sync;
+
+/// Kernels that are linked without some of the device's abilities, by their description.
+pub(super) type Plainer = BTreeMap<String, Abilities>;
 
 /// Threads at most: a phone's other cores read weights.
 const MAX_THREADS: usize = 4;
@@ -29,6 +32,9 @@ struct State {
     waiting: VecDeque<(Kernel, Slot)>,
     /// Threads that will look for more.
     busy: usize,
+    plainer: Plainer,
+    /// What was needed since [`Pipelines::watch`].
+    watched: Option<Vec<Kernel>>,
     /// Kernels that were needed and never announced.
     #[cfg(test)]
     missed: Vec<&'static str>,
@@ -37,6 +43,7 @@ struct State {
 
 struct Shared {
     compile: Box<Compile>,
+    abilities: Abilities,
     state: Mutex<State>,
 }
 
@@ -54,10 +61,19 @@ impl Shared {
     fn fill(&self, kernel: Kernel, slot: &Slot) -> Result<Arc<Pipeline>, String> {
         let compile = || {
             // What a driver does must neither end a thread nor reach a caller as a panic.
-            catch_unwind(AssertUnwindSafe(|| (self.compile)(kernel)))
+            let abilities = self.abilities_of(kernel);
+            catch_unwind(AssertUnwindSafe(|| (self.compile)(kernel, abilities)))
                 .unwrap_or_else(|_| Err("the compiler panicked".to_owned()))
         };
         slot.get_or_init(|| compile().map(Arc::new)).clone()
+    }
+
+    fn abilities_of(&self, kernel: Kernel) -> Abilities {
+        let state = self.state();
+        if state.plainer.is_empty() {
+            return self.abilities;
+        }
+        state.plainer.get(&format!("{kernel:?}")).copied().unwrap_or(self.abilities)
     }
 
     /// Compiles what waits, until nothing does.
@@ -77,10 +93,13 @@ impl Shared {
 
 impl Pipelines {
     pub(super) fn new(
-        compile: impl Fn(Kernel) -> Result<Pipeline, String> + Send + Sync + 'static,
+        abilities: Abilities,
+        plainer: Plainer,
+        compile: impl Fn(Kernel, Abilities) -> Result<Pipeline, String> + Send + Sync + 'static,
     ) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let shared = Shared { compile: Box::new(compile), state: Mutex::default() };
+        let state = Mutex::new(State { plainer, ..State::default() });
+        let shared = Shared { compile: Box::new(compile), abilities, state };
         Self {
             shared: Arc::new(shared),
             max_threads: cores.saturating_sub(1).clamp(1, MAX_THREADS),
@@ -99,8 +118,33 @@ impl Pipelines {
             state.missed.push(kernel.name());
         }
         let slot = Arc::clone(state.slots.entry(kernel).or_default());
+        if let Some(watched) = &mut state.watched
+            && !watched.contains(&kernel)
+        {
+            watched.push(kernel);
+        }
         drop(state);
         self.shared.fill(kernel, &slot)
+    }
+
+    /// Begins to note which kernels are needed.
+    pub(super) fn watch(&self) {
+        self.shared.state().watched = Some(Vec::new());
+    }
+
+    /// Those that were, since; ceases to note them.
+    pub(super) fn watched(&self) -> Vec<Kernel> {
+        self.shared.state().watched.take().unwrap_or_default()
+    }
+
+    /// Links kernels for these abilities from now on. Who has one already keeps it.
+    pub(super) fn replace(&self, kernels: &[Kernel], abilities: Abilities) {
+        let mut guard = self.shared.state();
+        let state = &mut *guard;
+        for &kernel in kernels {
+            state.plainer.insert(format!("{kernel:?}"), abilities);
+            state.slots.insert(kernel, Slot::default());
+        }
     }
 
     /// Kernels that were needed and never announced.

@@ -5,7 +5,10 @@
 //! variant is the same kernel file with another snippet that defines the same functions. Linking is
 //! concatenation: constants, snippets, kernel. WGSL does not mind the order.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
 
 use super::cache::{PageKeys, PageKind, ValueStore};
 use super::tuning::Cut;
@@ -26,11 +29,47 @@ macro_rules! wgsl {
 }
 pub(super) use wgsl;
 
-/// Optional abilities of a device that kernels make use of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Abilities {
+/// Optional abilities of a device that kernels make use of. A kernel that gives wrong results is
+/// linked without them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Abilities {
+    /// Weights are loaded as f16 (WebGPU's `shader-f16`).
     pub f16: bool,
+    /// Workgroups reduce by subgroup operations.
     pub subgroups: bool,
+    /// Four products of 8 bits at once (`dot4I8Packed`). Every device has it; some compute it with
+    /// other instructions.
+    pub packed_dot: bool,
+}
+
+impl Abilities {
+    /// Every choice of abilities from among these, the whole first and none of them last.
+    pub fn plainer(self) -> impl Iterator<Item = Self> {
+        let choice = move |without: u8| Self {
+            subgroups: self.subgroups && without & 1 == 0,
+            f16: self.f16 && without & 2 == 0,
+            packed_dot: self.packed_dot && without & 4 == 0,
+        };
+        let mut all: Vec<_> = [0, 1, 2, 4, 3, 5, 6, 7].map(choice).into();
+        // Where one is missing anyway, choices fall together.
+        let mut seen = Vec::new();
+        all.retain(|choice| {
+            !seen.contains(choice) && {
+                seen.push(*choice);
+                true
+            }
+        });
+        all.into_iter()
+    }
+
+    /// The abilities by name; "plain" where there is none.
+    pub fn names(self) -> String {
+        let names =
+            [(self.f16, "f16"), (self.subgroups, "subgroups"), (self.packed_dot, "packed dot")];
+        let names: Vec<_> = names.into_iter().filter(|name| name.0).map(|name| name.1).collect();
+        if names.is_empty() { "plain".to_owned() } else { names.join(" + ") }
+    }
 }
 
 /// How a buffer is bound.
@@ -155,7 +194,9 @@ impl Kernel {
             Self::Embed { table } => embed::program(table, abilities),
             Self::Norm { out } => norm::program(out, abilities),
             Self::LinearTernary { add, cut } => linear_ternary::program(add, cut, abilities),
-            Self::LinearTernaryTiled { add, tokens } => linear_ternary::tiled_program(add, tokens),
+            Self::LinearTernaryTiled { add, tokens } => {
+                linear_ternary::tiled_program(add, tokens, abilities)
+            }
             Self::LinearFloat { weights, add, cut } => {
                 linear_float::program(weights, add, cut, abilities)
             }
@@ -299,6 +340,15 @@ pub(super) fn reduce(abilities: Abilities) -> &'static str {
         wgsl!("common/reduce_subgroup.wgsl")
     } else {
         wgsl!("common/reduce_workgroup.wgsl")
+    }
+}
+
+/// The snippet of dot products of packed i8.
+pub(super) fn dot(abilities: Abilities) -> &'static str {
+    if abilities.packed_dot {
+        wgsl!("common/dot_packed.wgsl")
+    } else {
+        wgsl!("common/dot_plain.wgsl")
     }
 }
 
@@ -463,16 +513,31 @@ pub struct ShaderSource {
     pub wgsl: String,
 }
 
+/// What all kernels are made of: their snippets, each once, and the constants of each.
+pub(super) fn source_parts() -> (BTreeSet<&'static str>, Vec<(&'static str, u32)>) {
+    let all = Abilities { f16: true, subgroups: true, packed_dot: true };
+    let (mut parts, mut constants) = (BTreeSet::new(), Vec::new());
+    for kernel in Kernel::all() {
+        for abilities in [all, Abilities::default()] {
+            let program = kernel.program(abilities);
+            parts.extend(program.parts);
+            constants.extend(program.constants);
+        }
+    }
+    (parts, constants)
+}
+
 /// Every variant of every kernel, for devices with and without each optional ability.
 pub fn shader_sources() -> Vec<ShaderSource> {
     let mut sources: Vec<ShaderSource> = Vec::new();
     for kernel in Kernel::all() {
         let first = sources.len();
-        for (f16, subgroups) in [(false, false), (true, false), (false, true), (true, true)] {
-            let wgsl = kernel.program(Abilities { f16, subgroups }).wgsl();
+        let all = Abilities { f16: true, subgroups: true, packed_dot: true };
+        for abilities in all.plainer() {
+            let wgsl = kernel.program(abilities).wgsl();
             // Most kernels do not care for every ability.
             if sources[first..].iter().all(|source| source.wgsl != wgsl) {
-                let name = format!("{} {kernel:?} f16={f16} subgroups={subgroups}", kernel.name());
+                let name = format!("{} {kernel:?}, {}", kernel.name(), abilities.names());
                 sources.push(ShaderSource { name, wgsl });
             }
         }

@@ -169,7 +169,8 @@ impl Tunings {
     }
 }
 
-fn key(device: &DeviceInfo) -> String {
+/// What is known of one device holds for no other.
+pub(super) fn key(device: &DeviceInfo) -> String {
     let DeviceInfo { name, backend, driver, features, .. } = device;
     format!("{name}, {backend}, {driver}, {}", features.join(" "))
 }

@@ -19,6 +19,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use memmap2::Mmap;
 use safetensors::tensor::TensorView;
@@ -142,7 +143,7 @@ impl Session {
         }
         let images = (0..layers)
             .map(|layer| saved.image(layer, &state, config))
-            .collect::<Result<Vec<_>>>()?;
+            .collect::<Result<Arc<[_]>>>()?;
         saved.check_sum(layers, parts)?;
 
         let options = SessionOptions { context: Some(context), attention: policy, thresholds };

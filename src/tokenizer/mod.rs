@@ -35,7 +35,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// A missing or malformed file; a vocabulary that is larger than the model's embedding.
-    pub(crate) fn open(checkpoint: &Checkpoint) -> Result<Self> {
+    pub fn open(checkpoint: &Checkpoint) -> Result<Self> {
         let path = checkpoint.files.path("tokenizer.json");
         let text = checkpoint.files.read("tokenizer.json", MAX_BYTES)?;
         let malformed = |message| {

@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use deltallm::checkpoint::Checkpoint;
-use deltallm::gpu::GpuOptions;
 use deltallm::model::WeightFormat;
 use deltallm::{Cancel, DeviceChoice, Error, Model, ModelOptions, Sampling};
 
 use crate::output::{Failure, load_bar, parameters, say};
-use crate::tune;
+use crate::remembered::gpu_options;
 
 /// Which model, on which device.
 #[derive(Args)]
@@ -140,7 +139,7 @@ impl DeviceArgs {
             device: self.device.clone().unwrap_or_default(),
             weights: self.weights.into(),
             threads: self.threads,
-            gpu: GpuOptions { tunings: tune::tunings(), ..GpuOptions::default() },
+            gpu: gpu_options(),
         };
         let model = Model::open_checkpoint(checkpoint, &options, load_bar(cancel))?;
         if let Some(reason) = model.fallback() {

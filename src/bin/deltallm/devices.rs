@@ -38,7 +38,8 @@ pub fn run(args: &Args) -> Outcome {
     if args.check { check(&mut out, &adapters) } else { Ok(()) }
 }
 
-fn describe(out: &mut impl Write, adapter: &Adapter) -> io::Result<()> {
+/// What an adapter is and can do.
+pub fn describe(out: &mut impl Write, adapter: &Adapter) -> io::Result<()> {
     let subgroups = match adapter.subgroups {
         Some((least, most)) if least == most => format!("yes, of {least}"),
         Some((least, most)) => format!("yes, of {least} to {most}"),

@@ -7,6 +7,7 @@ mod cache_report;
 mod calibrate;
 mod chat;
 mod devices;
+mod doctor;
 mod eval;
 mod generate;
 mod heat_map;
@@ -15,6 +16,7 @@ mod inspect_attention;
 mod logits;
 mod output;
 mod picture;
+mod remembered;
 mod scatter;
 mod table;
 mod tune;
@@ -57,6 +59,9 @@ enum Command {
     Calibrate(calibrate::Args),
     /// Measure how the work is best cut for a GPU, and remember it for every other command
     Tune(tune::Args),
+    /// Ask the GPUs for answers that are known, in every variant of every kernel; with --bisect, find
+    /// the operation that differs from the CPU
+    Doctor(doctor::Args),
 }
 
 fn main() -> ExitCode {
@@ -73,6 +78,7 @@ fn main() -> ExitCode {
         Command::Logits(args) => logits::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Tune(args) => tune::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     output::exit(result)
 }

@@ -2,15 +2,15 @@
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use deltallm::backend::MatrixFormat;
-use deltallm::gpu::{GpuOptions, Measurement, Select, Tuned, Tuning, Tunings, tune};
+use deltallm::gpu::{GpuOptions, Measurement, Select, Tuned, Tuning, tune};
 use deltallm::{Cancel, Error};
-use etcetera::BaseStrategy as _;
 use serde_json::{Value, json};
 
 use crate::output::{Failure, Outcome, count_bar, say, stop_on_interrupt};
+use crate::remembered::{tunings, tunings_path};
 
 /// Options of `tune`.
 #[derive(clap::Args)]
@@ -28,28 +28,10 @@ pub struct Args {
     json: bool,
 }
 
-/// Where tunings are remembered; nothing where the system does not say where caches are.
-fn path() -> Option<PathBuf> {
-    let folders = etcetera::base_strategy::choose_native_strategy().ok()?;
-    Some(folders.cache_dir().join("deltallm").join("tunings.json"))
-}
-
-/// What `tune` has remembered on this machine. A file that cannot be read is no reason not to run.
-pub fn tunings() -> Tunings {
-    match path().filter(|path| path.exists()).map(Tunings::read) {
-        None => Tunings::default(),
-        Some(Ok(tunings)) => tunings,
-        Some(Err(error)) => {
-            log::warn!("{error}: GPUs run as if they were not tuned; `deltallm tune` mends it");
-            Tunings::default()
-        }
-    }
-}
-
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
     // Better said before a minute of measuring than after it.
-    let path = match path() {
+    let path = match tunings_path() {
         _ if args.dry_run => None,
         Some(path) => Some(path),
         None => {

@@ -17,7 +17,7 @@ use deltallm::{Cancel, Error, ModelOptions};
 
 use crate::args::Weights;
 use crate::output::{Failure, Outcome, count_bar, load_bar, say, stop_on_interrupt};
-use crate::tune;
+use crate::remembered::gpu_options;
 use report::{Report, Subject};
 use subjects::{Counts, Device, Mode, Source};
 
@@ -124,11 +124,7 @@ pub fn run(args: &Args) -> Outcome {
     let device_options = ModelOptions {
         weights: args.weights.into(),
         threads: args.threads,
-        gpu: GpuOptions {
-            timestamps: args.profile,
-            tunings: tune::tunings(),
-            ..GpuOptions::default()
-        },
+        gpu: GpuOptions { timestamps: args.profile, ..gpu_options() },
         ..ModelOptions::default()
     };
     // What is wrong with the options should not cost the making of weights.
