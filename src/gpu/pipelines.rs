@@ -73,7 +73,9 @@ impl Shared {
         if state.plainer.is_empty() {
             return self.abilities;
         }
-        state.plainer.get(&format!("{kernel:?}")).copied().unwrap_or(self.abilities)
+        // Whatever a file says, a device has no abilities but its own.
+        let plainer = state.plainer.get(&format!("{kernel:?}"));
+        plainer.map_or(self.abilities, |plainer| self.abilities.shared_with(*plainer))
     }
 
     /// Compiles what waits, until nothing does.

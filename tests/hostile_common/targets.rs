@@ -9,7 +9,7 @@ use deltallm::chat::{ChatTemplate, Message};
 use deltallm::checkpoint::{Bytes, Checkpoint};
 use deltallm::delta::{AttentionPolicy, PolicyFile, Thresholds};
 use deltallm::eval::{PrepareOptions, Prepared, Task};
-use deltallm::gpu::Tunings;
+use deltallm::gpu::{Findings, Tunings};
 use deltallm::model::{WeightFormat, plan_memory};
 use deltallm::{
     DeviceChoice, Error, GenerateOptions, Model, ModelOptions, Result, Session, SessionOptions,
@@ -22,7 +22,7 @@ use super::{Outcome, refused};
 const NAME: &str = "hostile-model";
 
 /// The kinds of input, each a fuzzer of its own.
-pub const NAMES: [&str; 13] = [
+pub const NAMES: [&str; 14] = [
     "config",
     "generation_config",
     "weights",
@@ -34,6 +34,7 @@ pub const NAMES: [&str; 13] = [
     "policy_text",
     "session",
     "tunings",
+    "self_tests",
     "task_lines",
     "task_squad",
 ];
@@ -53,6 +54,7 @@ pub fn by_name(name: &str, bytes: &[u8]) -> Outcome {
         "policy_text" => policy_text(bytes),
         "session" => session(bytes),
         "tunings" => tunings(bytes),
+        "self_tests" => self_tests(bytes),
         "task_lines" => task("jsonl", bytes),
         "task_squad" => task("json", bytes),
         _ => panic!("there is no kind {name:?}"),
@@ -227,6 +229,12 @@ pub fn session(bytes: &[u8]) -> Outcome {
 pub fn tunings(bytes: &[u8]) -> Outcome {
     let file = Written::new("tunings.json", bytes);
     file.judge(Tunings::read(&file.0))
+}
+
+/// A file of what self-tests have found.
+pub fn self_tests(bytes: &[u8]) -> Outcome {
+    let file = Written::new("self-tests.json", bytes);
+    file.judge(Findings::read(&file.0))
 }
 
 /// A task's file with this extension; its rows become tokens.

@@ -172,6 +172,15 @@ pub fn tunings() -> Value {
     }})
 }
 
+/// What self-tests of GPUs leave.
+pub fn self_tests() -> Value {
+    json!({ "a GPU, vulkan, 1.0, f16": {
+        "build": "0.1.0 12ab 34cd",
+        "right": ["norm: to F32", "sample: greedy, drawn, and NaN"],
+        "plainer": { "SampleDraw": { "f16": true, "subgroups": false, "packed_dot": true } },
+    }})
+}
+
 /// A row of each kind of task that a line may hold.
 pub fn rows() -> Vec<Value> {
     let pair = |text: &str| json!(["Question: q\nAnswer:", text]);
@@ -220,6 +229,7 @@ pub fn seeds(name: &str) -> Vec<Vec<u8>> {
         "policy_text" => texts(&POLICIES),
         "session" => sessions(),
         "tunings" => vec![tunings().to_string().into_bytes()],
+        "self_tests" => vec![self_tests().to_string().into_bytes()],
         "task_lines" => rows().iter().map(|row| row.to_string().into_bytes()).collect(),
         "task_squad" => vec![squad().to_string().into_bytes()],
         _ => panic!("there is no kind {name:?}"),
