@@ -118,15 +118,16 @@ pub(super) fn ask(gpu: &Gpu, questions: &[Question<Gpu>]) -> Result<()> {
     if asked.is_empty() && state.saved {
         return Ok(());
     }
-    let start = Instant::now();
+    let (start, waited) = (Instant::now(), device.pipelines.waited());
     for question in &asked {
         ask_one(gpu, &mut state, question)?;
     }
     log::info!(
-        "{}: {} more known answers in {} ms",
+        "{}: {} more known answers in {} ms, of which kernels were compiled in {}",
         device.info.name,
         asked.len(),
-        start.elapsed().as_millis()
+        start.elapsed().as_millis(),
+        (device.pipelines.waited() - waited).as_millis()
     );
     test.remember(&device.info, &state.finding);
     state.saved = true;
