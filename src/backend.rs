@@ -463,7 +463,7 @@ pub struct DeviceInfo {
     pub name: String,
     /// What kind of processor it is.
     pub kind: DeviceKind,
-    /// The interface it is reached by: `cpu`, `vulkan`, `metal`, `dx12`.
+    /// The interface it is reached by: `cpu`, `vulkan`, `metal`, `dx12`, `gl`.
     pub backend: String,
     /// The driver and its version; for the CPU, the SIMD kernels and threads in use.
     pub driver: String,

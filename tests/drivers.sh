@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs the tests of the GPU backend on several Vulkan drivers, one after the other: lavapipe (Mesa)
-# and SwiftShader (Google). A driver that is missing is fetched on Debian, else named as not run: then
+# Runs the tests of the GPU backend on several drivers, one after the other: lavapipe (Mesa) and
+# SwiftShader (Google) for Vulkan, and the machine's OpenGL by the feature `gl`. A Vulkan driver that is missing is fetched on Debian, else named as not run: then
 # the exit status is 3 where nothing failed.
 #
 #   tests/drivers.sh                 # all of them
@@ -51,11 +51,19 @@ swiftshader() {
 
 failed=0
 missing=0
-for driver in ${*:-lavapipe swiftshader}; do
+tests="--test gpu_operations --test gpu --test gpu_cache --test self_test --test bisect"
+for driver in ${*:-lavapipe swiftshader gl}; do
     case "$driver" in
+        gl)
+            echo "== OpenGL, with no Vulkan driver in sight" >&2
+            # shellcheck disable=SC2086
+            VK_DRIVER_FILES=/dev/null VK_ICD_FILENAMES=/dev/null \
+                cargo test --no-fail-fast --features gl $tests || failed=1
+            continue
+            ;;
         lavapipe | swiftshader) file="$("$driver")" ;;
         *)
-            echo "no driver named $driver: lavapipe or swiftshader" >&2
+            echo "no driver named $driver: lavapipe, swiftshader or gl" >&2
             exit 2
             ;;
     esac
@@ -71,8 +79,8 @@ for driver in ${*:-lavapipe swiftshader}; do
     echo "== $driver: $file" >&2
     # Older loaders know the second name only.
     export VK_DRIVER_FILES="$file" VK_ICD_FILENAMES="$file"
-    cargo test --no-fail-fast --test gpu_operations --test gpu --test gpu_cache --test self_test \
-        --test bisect || failed=1
+    # shellcheck disable=SC2086
+    cargo test --no-fail-fast $tests || failed=1
 done
 [ "$failed" -eq 0 ] || exit "$failed"
 exit "$missing"

@@ -99,7 +99,7 @@ pub struct Adapter {
     pub name: String,
     /// What kind of processor it is.
     pub kind: DeviceKind,
-    /// The interface it is reached by: `vulkan`, `metal` or `dx12`.
+    /// The interface it is reached by: `vulkan`, `metal`, `dx12`, or `gl` with that feature.
     pub backend: String,
     /// The driver and its version.
     pub driver: String,
@@ -146,22 +146,32 @@ impl Adapter {
     }
 }
 
-/// The adapters of this machine, the fastest kind first.
+/// The interfaces that adapters are looked for with.
+const BACKENDS: wgpu::Backends = if cfg!(feature = "gl") {
+    wgpu::Backends::PRIMARY.union(wgpu::Backends::GL)
+} else {
+    wgpu::Backends::PRIMARY
+};
+
+/// The adapters of this machine, the fastest kind first; of a kind, those of OpenGL last.
 pub fn adapters() -> Vec<Adapter> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    descriptor.backends = wgpu::Backends::PRIMARY;
+    descriptor.backends = BACKENDS;
     // A debug build would switch on validation layers where some are installed, which may be older
     // than what the shader compiler writes; wgpu validates every call itself.
     descriptor.flags = wgpu::InstanceFlags::empty();
     let instance = wgpu::Instance::new(descriptor);
-    let found = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::PRIMARY));
+    let found = pollster::block_on(instance.enumerate_adapters(BACKENDS));
     let mut adapters: Vec<_> = found.into_iter().map(Adapter::new).collect();
-    adapters.sort_by_key(|adapter| match adapter.kind {
-        DeviceKind::DiscreteGpu => 0,
-        DeviceKind::IntegratedGpu => 1,
-        DeviceKind::VirtualGpu => 2,
-        DeviceKind::OtherGpu => 3,
-        DeviceKind::SoftwareGpu | DeviceKind::Cpu => 4,
+    adapters.sort_by_key(|adapter| {
+        let kind = match adapter.kind {
+            DeviceKind::DiscreteGpu => 0,
+            DeviceKind::IntegratedGpu => 1,
+            DeviceKind::VirtualGpu => 2,
+            DeviceKind::OtherGpu => 3,
+            DeviceKind::SoftwareGpu | DeviceKind::Cpu => 4,
+        };
+        (kind, adapter.backend == wgpu::Backend::Gl.to_str())
     });
     adapters
 }
