@@ -153,6 +153,11 @@ fn shards() {
         let taken = kind.feed(shard, &bytes, |bytes| targets::model(files, name, bytes));
         assert!(!taken, "{shard}");
     }
+    // A fuzzer found that this filled the screen.
+    let mut spoilt = valid.clone();
+    spoilt["weight_map"]["weight".repeat(300)] = "part-0.safetensors".into();
+    let bytes = spoilt.to_string().into_bytes();
+    assert!(!kind.feed("a long name", &bytes, |bytes| targets::model(files, name, bytes)));
     kind.done(700);
 }
 

@@ -15,7 +15,7 @@ use super::files::Files;
 use super::header::read_header;
 use super::json::Object;
 use super::matrix::{Bytes, FloatType, MatrixSource};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -89,7 +89,7 @@ impl Tensors {
             for name in names {
                 let info = found.remove(name).ok_or_else(|| Error::MissingTensor {
                     path: files.path(shard),
-                    tensor: name.clone(),
+                    tensor: shortened(name),
                     note: format!("{INDEX} says that it is in this shard"),
                 })?;
                 tensors.insert(name.clone(), info);
