@@ -202,6 +202,12 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Which device this is.
     fn device(&self) -> &DeviceInfo;
 
+    /// Bytes of all that lies on the device and was made by this backend or a clone of it, whoever
+    /// owns it; `None` where nobody counts.
+    fn held(&self) -> Option<u64> {
+        None
+    }
+
     /// Announces a model, so that a device can make ready beside the loading of its weights. Whatever
     /// was not announced is made ready when it is needed.
     fn announce(&self, _plan: &ModelPlan) {}
@@ -272,6 +278,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// while the host waits for the first one's token: 0 where operations are done when their call
     /// returns.
     fn look_ahead(&self) -> usize;
+
+    /// Whether the device can go away while the program runs, so that what lies on it is gone.
+    fn can_be_lost(&self) -> bool {
+        false
+    }
+
+    /// Gives up a device that was lost: frees what can still be freed, whoever holds it.
+    fn give_up(&self) {}
 
     /// Measures how fast the device reads `bytes` of its memory, or fewer where its limits are
     /// smaller: the ceiling of whatever is bound by memory. Takes some tenths of a second.
@@ -449,7 +463,7 @@ pub struct DeviceInfo {
     pub name: String,
     /// What kind of processor it is.
     pub kind: DeviceKind,
-    /// The interface it is reached by: `cpu`, `vulkan`, `metal`, `dx12`.
+    /// The interface it is reached by: `cpu`, `vulkan`, `metal`, `dx12`, `gl`.
     pub backend: String,
     /// The driver and its version; for the CPU, the SIMD kernels and threads in use.
     pub driver: String,

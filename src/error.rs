@@ -188,15 +188,46 @@ pub enum Error {
         /// What the driver said.
         message: String,
     },
+    /// The device did not finish its work in time: it hangs, or its driver does. It counts as lost.
+    #[error("{device}: the device hangs: a submission was not done after {seconds} s")]
+    DeviceTimeout {
+        /// The device.
+        device: String,
+        /// How long a submission may take.
+        seconds: f64,
+    },
+    /// The device was lost, and could not be opened again with all that was on it.
+    ///
+    /// Model and session are still there: the next call tries once more.
+    #[error("{lost}; it could not be restored: {reason}")]
+    DeviceNotRestored {
+        /// How it was lost, as the first error said.
+        lost: String,
+        /// Why what was on it could not be brought back.
+        reason: Box<Error>,
+    },
     /// A result has NaN or infinity in it: a broken checkpoint or a broken driver.
-    #[error("{what} hold NaN or infinity: the checkpoint or the device's driver is broken")]
+    #[error("NaN or infinity in {what}: the checkpoint or the device's driver is broken")]
     NotFinite {
-        /// What holds it.
+        /// What holds it: of a text that was run for a session, the layer and the tokens.
         what: String,
     },
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,
+}
+
+/// Characters of a message that quotes a file: a line or two of a terminal.
+const MAX_QUOTED: usize = 400;
+
+/// A message that quotes what stands in a file, without its end where that would fill the screen.
+pub(crate) fn shortened(message: impl Into<String>) -> String {
+    let mut message = message.into();
+    if let Some((end, _)) = message.char_indices().nth(MAX_QUOTED) {
+        message.truncate(end);
+        message.push_str("...");
+    }
+    message
 }
 
 fn hint(text: &str) -> String {
@@ -212,6 +243,21 @@ fn list_adapters(found: &[String]) -> String {
 }
 
 impl Error {
+    /// Whether all that was on the device is gone, but would run on another one.
+    pub(crate) fn is_lost_device(&self) -> bool {
+        matches!(self, Self::DeviceLost { .. } | Self::DeviceTimeout { .. })
+    }
+
+    /// Whether another device might have the room that this one lacks.
+    pub(crate) fn is_too_small_a_device(&self) -> bool {
+        matches!(self, Self::DeviceMemory { .. } | Self::DeviceLimit { .. })
+    }
+
+    /// Whether another device might compute rightly what this one does not.
+    pub(crate) fn is_wrong_device(&self) -> bool {
+        matches!(self, Self::WrongResults { .. })
+    }
+
     /// An [`Error::Io`] for `path`, in the form that `map_err` takes.
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();

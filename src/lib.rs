@@ -55,7 +55,8 @@
 //!   bit-equal on every backend. So are compressed pages of keys that are equal.
 //! - A fault is a [`Result`] that names the file, tensor, shape, limit or device. The library does
 //!   not panic on a checkpoint or a prompt, whatever is in it, and it does not print or exit.
-//! - The same seed gives the same text on the same device.
+//! - The same seed gives the same text on the same device, also where that device is lost in the
+//!   middle of it: see [`Model`](Model#lost-devices).
 //!
 //! [`MatrixSource`]: checkpoint::MatrixSource
 
@@ -66,6 +67,7 @@ pub mod bisect;
 pub mod chat;
 pub mod checkpoint;
 pub mod conformance;
+mod contained;
 pub mod cpu;
 pub mod delta;
 #[cfg(feature = "demo")]

@@ -17,6 +17,8 @@ use serde_json::Value;
 
 fn bench(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_deltallm"));
+    // What is found out about adapters is nothing to leave in a user's home.
+    command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
     command.arg("bench").args(args).stdin(Stdio::null());
     command
 }

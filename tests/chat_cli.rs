@@ -28,6 +28,8 @@ fn model() -> tempfile::TempDir {
 fn chat(model: &Path, more: &[&str], lines: &[u8]) -> Output {
     let model = model.to_str().expect("UTF-8");
     let mut child = Command::new(env!("CARGO_BIN_EXE_deltallm"))
+        // What is found out about adapters is nothing to leave in a user's home.
+        .env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"))
         .args(["chat", "--model", model, "--device", "cpu"])
         .args(more)
         .stdin(Stdio::piped())

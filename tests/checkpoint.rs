@@ -236,10 +236,13 @@ fn weights_that_are_not_numbers_never_become_text() {
                 Session::new(&model.expect("opened"), &SessionOptions::default()).expect("session");
             let error = session.evaluate(&[1, 2, 3]).expect_err("NaN");
             assert!(matches!(error, deltallm::Error::NotFinite { .. }), "{device}: {error}");
+            let place = "the down projection of layer 0, tokens 0 to 2";
+            assert!(error.to_string().contains(place), "{device}: {error}");
             let generation = session.generate(&[1, 2, 3], &deltallm::GenerateOptions::default());
             let piece = generation.expect("prompt").next().expect("a piece");
             let error = piece.expect_err("NaN");
             assert!(matches!(error, deltallm::Error::NotFinite { .. }), "{device}: {error}");
+            assert!(error.to_string().contains(place), "{device}: {error}");
         }
     }
 }

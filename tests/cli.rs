@@ -15,6 +15,8 @@ use serde_json::Value;
 
 fn deltallm(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_deltallm"));
+    // What is found out about adapters is nothing to leave in a user's home.
+    command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
     command.args(args).stdin(Stdio::null());
     command
 }
@@ -554,7 +556,7 @@ fn a_tuned_device_stays_tuned() {
         }
         ok(command.output().expect("the program starts"))
     };
-    let files = || {
+    let files = |name: &str| {
         let all = |dir: &Path| fs::read_dir(dir).map(|found| found.flatten().collect::<Vec<_>>());
         let mut folders = vec![home.path().to_owned()];
         let mut files = Vec::new();
@@ -564,11 +566,11 @@ fn a_tuned_device_stays_tuned() {
                 if path.is_dir() { folders.push(path) } else { files.push(path) }
             }
         }
-        files.retain(|file| file.ends_with("deltallm/tunings.json"));
+        files.retain(|file| file.ends_with(Path::new("deltallm").join(name)));
         files
     };
     let tried = json(&at_home(&["tune", "--device", &adapter, "--dry-run", "--json"]));
-    assert!(files().is_empty(), "a dry run remembers nothing");
+    assert!(files("tunings.json").is_empty(), "a dry run remembers nothing");
     let measurements = tried["measurements"].as_array().expect("measurements");
     assert_eq!(measurements.len(), 6 * 13);
     for m in measurements {
@@ -578,14 +580,42 @@ fn a_tuned_device_stays_tuned() {
     for word in [&adapter, "ternary", "bf16", "q4", "times"] {
         assert!(out(&output).contains(word), "{word}: {}", out(&output));
     }
-    let [file] = &files()[..] else { panic!("{:?}", files()) };
+    let found = files("tunings.json");
+    let [file] = &found[..] else { panic!("{found:?}") };
     assert!(err(&output).contains(path(file)), "{}", err(&output));
     let generate = ["generate", "Anna", "-n", "4", "--device", &adapter, "--temperature", "0"];
+    assert!(files("self-tests.json").is_empty(), "nothing was run yet");
     let text = out(&at_home(&generate));
+    assert_eq!(files("self-tests.json").len(), 1, "what ran was tested, and that is remembered");
     fs::write(file, "{").expect("written");
     let output = at_home(&generate);
     assert!(err(&output).contains("tunings.json"), "{}", err(&output));
     assert_eq!(out(&output), text);
+}
+
+#[test]
+fn the_doctor_names_what_is_wrong() {
+    let adapter = common::test_adapter();
+    let bisect = ["doctor", "--bisect", "--device", &adapter, "--tokens", "2"];
+    let output = ok(run(&bisect));
+    assert!(out(&output).contains("the devices agree but for rounding"), "{}", out(&output));
+    let output = run(&[&bisect[..], &["--sabotage", "gate"]].concat());
+    assert!(!output.status.success());
+    assert!(
+        out(&output).contains("layer 0") && out(&output).contains(", gate"),
+        "{}",
+        out(&output)
+    );
+    let output = run(&[&bisect[..], &["--sabotage", "norm", "--json"]].concat());
+    assert_eq!(json(&output)["first"]["operation"], "norm");
+
+    let output = run(&["doctor", "--device", &adapter, "--sabotage", "gate"]);
+    assert!(!output.status.success());
+    for word in [&adapter, "WRONG gate: ", "answers are right"] {
+        assert!(out(&output).contains(word), "{word}: {}", out(&output));
+    }
+    let output = run(&["doctor", "--device", "no such adapter"]);
+    assert!(err(&output).contains("no such adapter"), "{}", err(&output));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Runs the tests of the GPU backend on several Vulkan drivers, one after the other: lavapipe (Mesa)
-# and SwiftShader (Google). A driver that is missing is fetched on Debian, else named as not run.
+# Runs the tests of the GPU backend on several drivers, one after the other: lavapipe (Mesa) and
+# SwiftShader (Google) for Vulkan, and the machine's OpenGL by the feature `gl`. A Vulkan driver that is missing is fetched on Debian, else named as not run: then
+# the exit status is 3 where nothing failed.
 #
 #   tests/drivers.sh                 # all of them
 #   tests/drivers.sh swiftshader     # one
@@ -10,6 +11,10 @@ set -eu
 cd "$(dirname "$0")/.."
 
 export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/tmp}"
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
+}
 
 lavapipe() {
     for folder in /usr/share/vulkan/icd.d /usr/local/share/vulkan/icd.d; do
@@ -35,7 +40,8 @@ swiftshader() {
     mkdir -p target/drivers
     (
         cd target/drivers
-        apt-get download chromium-common >&2 || exit 0
+        apt-get download chromium-common >&2 ||
+            { as_root apt-get update >&2 && apt-get download chromium-common >&2; } || exit 0
         dpkg-deb --fsys-tarfile chromium-common_*.deb |
             tar -x ./usr/lib/chromium/libvk_swiftshader.so ./usr/lib/chromium/vk_swiftshader_icd.json
         rm chromium-common_*.deb
@@ -44,17 +50,26 @@ swiftshader() {
 }
 
 failed=0
-for driver in ${*:-lavapipe swiftshader}; do
+missing=0
+tests="--test gpu_operations --test gpu --test gpu_cache --test self_test --test bisect"
+for driver in ${*:-lavapipe swiftshader gl}; do
     case "$driver" in
+        gl)
+            echo "== OpenGL, with no Vulkan driver in sight" >&2
+            # shellcheck disable=SC2086
+            VK_DRIVER_FILES=/dev/null VK_ICD_FILENAMES=/dev/null \
+                cargo test --no-fail-fast --features gl $tests || failed=1
+            continue
+            ;;
         lavapipe | swiftshader) file="$("$driver")" ;;
         *)
-            echo "no driver named $driver: lavapipe or swiftshader" >&2
+            echo "no driver named $driver: lavapipe, swiftshader or gl" >&2
             exit 2
             ;;
     esac
     if [ -z "$file" ]; then
-        echo "== $driver: NOT RUN, for it is not here" >&2
-        failed=1
+        echo "== $driver: NOT RUN: it is not here" >&2
+        missing=3
         continue
     fi
     case "$file" in
@@ -64,7 +79,8 @@ for driver in ${*:-lavapipe swiftshader}; do
     echo "== $driver: $file" >&2
     # Older loaders know the second name only.
     export VK_DRIVER_FILES="$file" VK_ICD_FILENAMES="$file"
-    cargo test --no-fail-fast --test gpu_operations --test gpu --test gpu_cache --test self_test \
-        --test bisect || failed=1
+    # shellcheck disable=SC2086
+    cargo test --no-fail-fast $tests || failed=1
 done
-exit "$failed"
+[ "$failed" -eq 0 ] || exit "$failed"
+exit "$missing"

@@ -190,7 +190,7 @@ fn known_data_sets_are_read() {
             other => panic!("{line}: {other:?}"),
         }
     };
-    let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+    let pair = |a: &str, b: &str| (std::sync::Arc::<str>::from(a), b.to_owned());
     let (pairs, label) = choice(
         r#"{"sentence": "Tom gave Ann the ball and _ was glad .", "option1": "Tom", "option2": "Ann", "answer": "2"}"#,
     );
@@ -336,6 +336,8 @@ fn passkeys_stand_where_they_were_asked_for() {
 
 fn run(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_deltallm"));
+    // What is found out about adapters is nothing to leave in a user's home.
+    command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
     command.args(["eval", "--device", "cpu"]).args(args).stdin(Stdio::null());
     command.output().expect("the program starts")
 }

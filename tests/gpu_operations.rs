@@ -53,6 +53,11 @@ fn conforms_with_subgroups_alone() {
     conforms(GpuOptions { f16: false, ..any() });
 }
 
+#[test]
+fn products_conform_without_packed_dots() {
+    some_conform(GpuOptions { packed_dot: false, ..any() }, "linear_ternary");
+}
+
 /// Blocks of 16 KiB cut most matrices of the table into several.
 #[test]
 fn conforms_with_matrices_in_pieces() {

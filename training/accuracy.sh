@@ -16,6 +16,9 @@ mkdir -p "$out"
 
 # Texts and questions from seeds that no training uses, and others to calibrate on.
 python3 "$root/training/world.py" evaluate "$out/sets" --lengths "$tokens" -n "$rows" --seed 11
+# Who "she" was is beyond these models in long stories: short ones, and more of them.
+short=96
+python3 "$root/training/world.py" evaluate "$out/short" --lengths $short -n $((rows * 5)) --seed 11
 python3 "$root/training/world.py" text -n 24 --tokens "$tokens" --seed 12 > "$out/calibration.txt"
 
 # Thresholds for each layer and KV head, for 0.57 of sparsity: 0.6 of zeros.
@@ -37,7 +40,7 @@ for theta in 0.7sigma 1sigma 1.5sigma; do
         --compare "delta theta=$theta"
 done
 task() { echo "$out/sets/$1-$tokens.jsonl"; }
-"$DELTALLM" eval "$(task text)" "$(task choice)" "$(task coreference)" "$(task qa)" \
+"$DELTALLM" eval "$(task text)" "$(task choice)" "$out/short/coreference-$short.jsonl" "$(task qa)" \
     --stage prefill "$@" --out "$out/prefill"
 head -n 15 "$(task text)" > "$out/sets/text-few-$tokens.jsonl" # token by token, which takes long
 "$DELTALLM" eval "$(task text-few)" "$(task qa)" "$(task passkey)" \

@@ -128,7 +128,7 @@ ATTRIBUTES = {
         ["{n} lives in {v}.", "{n} has a house in {v}.", "The home of {n} is in {v}."],
         ["{S} lives in {v}.", "{S} has a small house in {v}."],
         ["I live in {v}", "My house is in {v}"],
-        [("Where does {n} live?", "v"), ("In which town does {n} live?", "v")],
+        [("Where does {n} live?", "v"), ("In which town does {n} live?", "v"), ("Who lives in {v}?", "n")],
         ["At the end of the day {n} went home to {v}.", "{n} took the road back to {v}."],
     ),
     "origin": Attribute(
@@ -136,7 +136,7 @@ ATTRIBUTES = {
         ["{n} grew up in {v}.", "As a child {n} went to school in {v}."],
         ["{S} grew up in {v}.", "As a child {S_} went to school in {v}."],
         ["I grew up in {v}", "As a child I went to school in {v}"],
-        [("Where did {n} grow up?", "v")],
+        [("Where did {n} grow up?", "v"), ("Who grew up in {v}?", "n")],
         ["{n} still thought of {v}, where {S_} grew up."],
     ),
     "job": Attribute(
@@ -144,7 +144,7 @@ ATTRIBUTES = {
         ["{n} works as {av}.", "{n} is {av}.", "{n} has worked as {av} for years."],
         ["{S} is {av}.", "{S} works as {av}."],
         ["I am {av}", "I work as {av}"],
-        [("What is the job of {n}?", "v"), ("What does {n} work as?", "v")],
+        [("What is the job of {n}?", "v"), ("What does {n} work as?", "v"), ("Who is {av}?", "n")],
         ["{n} was proud to be {av}.", "It is not always easy to be {av}, said {n}."],
     ),
     "pet": Attribute(
@@ -156,6 +156,7 @@ ATTRIBUTES = {
             ("What animal does {n} have?", "x"),
             ("What is the name of the pet of {n}?", "v"),
             ("What colour is the pet of {n}?", "c"),
+            ("Who has a pet named {v}?", "n"),
         ],
         ["In the evening {n} fed {v}, {p} {x}.", "{n} called {p} {x}, and {v} came at once."],
     ),
@@ -164,7 +165,7 @@ ATTRIBUTES = {
         ["{n} carries {aco}.", "{n} always has {aco} with {q}.", "In the hand of {n} is {aco}."],
         ["{S} carries {aco}.", "{S} always has {aco} with {q}."],
         ["I carry {aco} with me", "I always have {aco} with me"],
-        [("What does {n} carry?", "co")],
+        [("What does {n} carry?", "co"), ("Who carries the {co}?", "n")],
         ["{n} looked at the {co} for a while.", "{n} still had the {co}."],
     ),
     "age": Attribute(
@@ -180,7 +181,7 @@ ATTRIBUTES = {
         ["The telephone number of {n} is {v}.", "{n} has the telephone number {v}."],
         ["{P} telephone number is {v}.", "{S} has the telephone number {v}."],
         ["My telephone number is {v}"],
-        [("What is the telephone number of {n}?", "v")],
+        [("What is the telephone number of {n}?", "v"), ("Who has the telephone number {v}?", "n")],
         ["Somebody dialled {v}, and {n} answered."],
     ),
     "bought": Attribute(
@@ -188,7 +189,7 @@ ATTRIBUTES = {
         ["{n} bought {v} {x}.", "{n} came home with {v} {x} from the shop."],
         ["{S} bought {v} {x}.", "At the shop {S_} paid for {v} {x}."],
         ["I bought {v} {x}"],
-        [("How many {x} did {n} buy?", "v"), ("What did {n} buy?", "x")],
+        [("How many {x} did {n} buy?", "v"), ("What did {n} buy?", "x"), ("Who bought the {x}?", "n")],
         ["{n} counted the {x}, and there were {v} of them."],
     ),
     "put": Attribute(
@@ -196,7 +197,11 @@ ATTRIBUTES = {
         ["{n} put the {co} in the {v}.", "{n} hid the {co} in the {v}."],
         ["{S} put the {co} in the {v}.", "{S} left the {co} in the {v}."],
         ["I put the {co} in the {v}"],
-        [("Where did {n} put the {co}?", "v"), ("What did {n} put in the {v}?", "co")],
+        [
+            ("Where did {n} put the {co}?", "v"),
+            ("What did {n} put in the {v}?", "co"),
+            ("Who put the {co} in the {v}?", "n"),
+        ],
         [
             "Later {n} opened the {v} and took out the {co}.",
             "{n} wanted the {co} again, and found it in the {v}.",
@@ -207,7 +212,11 @@ ATTRIBUTES = {
         ["{n} gave the {co} to {m}.", "{n} sent the {co} to {m}."],
         ["{S} gave the {co} to {m}."],
         ["I gave the {co} to {m}"],
-        [("To whom did {n} give the {co}?", "m"), ("What did {n} give to {m}?", "co")],
+        [
+            ("To whom did {n} give the {co}?", "m"),
+            ("What did {n} give to {m}?", "co"),
+            ("Who gave the {co} to {m}?", "n"),
+        ],
         ["{m} thanked {n} for the {co}."],
     ),
     "relation": Attribute(
@@ -223,7 +232,7 @@ ATTRIBUTES = {
         ["{n} likes {v} best.", "The favourite food of {n} is {v}."],
         ["{S} likes {v} best.", "{P} favourite food is {v}."],
         ["I like {v} best", "My favourite food is {v}"],
-        [("What food does {n} like best?", "v")],
+        [("What food does {n} like best?", "v"), ("Who likes {v} best?", "n")],
         ["For dinner {n} had {v}, as always.", "{n} asked for {v} again."],
     ),
 }
@@ -455,8 +464,8 @@ class Story:
 
     def deeds(self, count: int, easy: float = 0.0) -> tuple[list[str], list[Question]]:
         """Sentences where "she", "he" or "the baker" did something, and who it was. easy: share of
-        them that are steps towards that: who did it is named, or nobody else is there, or the text
-        itself says who it was."""
+        them that are steps towards that: who did it is named, with nobody else around or with
+        somebody, or there is nobody else, or the text itself says who it was."""
         rng, sentences, questions = self.rng, [], []
         women = [p for p in self.people if p in WOMEN]
         men = [p for p in self.people if p in MEN]
@@ -470,7 +479,11 @@ class Story:
             if len(jobs) == 2 and rng.random() < 0.4:
                 word = f"the {jobs[doer]}"
             first, second = pair
-            step = rng.choice(["named", "alone", "said"]) if rng.random() < easy else ""
+            step = rng.choice(["plain", "named", "alone", "said"]) if rng.random() < easy else ""
+            if step == "plain":
+                sentences.append(f"{rng.choice(DAY)} {doer} {deed}." if rng.random() < 0.3 else f"{doer} {deed}.")
+                questions.append(Question(f"Who {deed}?", doer, "coreference", f"{doer} {deed}.", sorted(pair)))
+                continue
             if step == "alone":
                 word = "she" if doer in WOMEN else "he"
                 sentences.append(
@@ -562,7 +575,7 @@ def with_questions(rng: random.Random, kind: str, tokens: int) -> Document:
     if kind == "qa":
         questions = ask(story, count)
     elif kind == "coreference":
-        told, questions = story.deeds(min(count, 2 + len(story.people) // 2))
+        told, questions = story.deeds(min(count, 2 + len(story.people) // 2), easy=0.2)
         questions += ask(story, count - len(questions))
     else:
         sentence, question = passkey(rng)
@@ -680,7 +693,7 @@ def dense(rng: random.Random, tokens: int, topic: str = "") -> Document:
             story.facts[person] = [fact for fact in facts if jobs and fact.attribute == "job"]
     units, questions = story.units(), list(story.questions())
     if topic == "deeds":
-        told, more = story.deeds(min(len(DEEDS), max(2, (tokens - 30 * jobs) // 36)), easy=0.5)
+        told, more = story.deeds(min(len(DEEDS), max(2, (tokens - 30 * jobs) // 34)), easy=0.6)
         units, questions = units + told, questions[:1] + more
     elif topic == "numbers" and rng.random() < 0.7:
         told, question = passkey(rng)

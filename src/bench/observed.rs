@@ -186,6 +186,10 @@ impl<B: Backend> Backend for Observed<B> {
         self.inner.device()
     }
 
+    fn held(&self) -> Option<u64> {
+        self.inner.held()
+    }
+
     fn announce(&self, plan: &ModelPlan) {
         self.inner.announce(plan);
     }
@@ -257,6 +261,14 @@ impl<B: Backend> Backend for Observed<B> {
 
     fn look_ahead(&self) -> usize {
         self.inner.look_ahead()
+    }
+
+    fn can_be_lost(&self) -> bool {
+        self.inner.can_be_lost()
+    }
+
+    fn give_up(&self) {
+        self.inner.give_up();
     }
 
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {

@@ -10,23 +10,32 @@ use minijinja_contrib::pycompat;
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
+use super::{budget, counted, growing};
+
 /// Instructions that a template may take: a conversation of thousands of messages needs less than a
-/// tenth. A template that never ends is stopped after about a second.
-///
-/// Memory is not bounded by it: a template that doubles a text again and again, or nests values a
-/// million deep, ends the program. A template is trusted as far as that.
+/// tenth. A template that never ends is stopped after about a second. What it makes of memory is
+/// bounded by its [`budget`].
 const FUEL: u64 = 10_000_000;
 /// Calls within calls.
 const DEPTH: usize = 200;
 
-/// An environment without templates.
-pub fn environment() -> Result<Environment<'static>, Error> {
+/// An environment with one template of this name.
+pub fn environment(name: &'static str, source: &str) -> Result<Environment<'static>, Error> {
+    let (source, fuel) = counted::source(&without_generation_marks(source), FUEL)?;
+    let mut environment = empty()?;
+    environment.set_fuel(Some(fuel));
+    environment.add_template_owned(name, source)?;
+    Ok(environment)
+}
+
+fn empty() -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
-    environment.set_fuel(Some(FUEL));
     environment.set_recursion_limit(DEPTH);
     environment.set_formatter(format);
     environment.set_unknown_method_callback(method);
+    counted::add_filters(&mut environment);
+    growing::add_filters(&mut environment);
     environment.add_filter("tojson", to_json);
     environment.add_filter("trim", trim);
     environment.add_function("raise_exception", raise);
@@ -36,6 +45,7 @@ pub fn environment() -> Result<Environment<'static>, Error> {
 
 /// Python writes these three with a capital letter.
 fn format(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
+    budget::spend_written(value)?;
     let text = match value.kind() {
         ValueKind::None => "None",
         ValueKind::Bool if value.is_true() => "True",
@@ -70,7 +80,10 @@ fn method(
         (Some(text), "strip", []) => Ok(text.trim_matches(is_space).into()),
         (Some(text), "lstrip", []) => Ok(text.trim_start_matches(is_space).into()),
         (Some(text), "rstrip", []) => Ok(text.trim_end_matches(is_space).into()),
-        _ => pycompat::unknown_method_callback(state, value, name, arguments),
+        _ => {
+            growing::charge_method(value, name, arguments)?;
+            pycompat::unknown_method_callback(state, value, name, arguments)
+        }
     }
 }
 
@@ -92,18 +105,18 @@ fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
         return Err(Error::new(ErrorKind::InvalidOperation, message));
     }
     options.assert_all_used()?;
-    let mut bytes = Vec::new();
+    let mut text = budget::Written(String::new());
     let written = match indent {
         Some(width) => {
             let indent = " ".repeat(width.min(64));
             let pretty = PrettyFormatter::with_indent(indent.as_bytes());
-            value.serialize(&mut Serializer::with_formatter(&mut bytes, pretty))
+            value.serialize(&mut Serializer::with_formatter(&mut text, pretty))
         }
-        None => value.serialize(&mut Serializer::with_formatter(&mut bytes, Spaced)),
+        None => value.serialize(&mut Serializer::with_formatter(&mut text, Spaced)),
     };
     let failed = |message: String| Error::new(ErrorKind::BadSerialization, message);
     written.map_err(|error| failed(error.to_string()))?;
-    String::from_utf8(bytes).map_err(|error| failed(error.to_string()))
+    Ok(text.0)
 }
 
 /// `{"a": [1, 2]}` on one line, with Python's spaces.
@@ -124,7 +137,7 @@ impl Formatter for Spaced {
 }
 
 /// `{% generation %}`, with which transformers marks what the model says, does nothing here.
-pub fn without_generation_marks(source: &str) -> String {
+fn without_generation_marks(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {

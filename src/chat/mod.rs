@@ -18,7 +18,10 @@
 //! # }
 //! ```
 
+mod budget;
 mod conversation;
+mod counted;
+mod growing;
 mod jinja;
 mod template;
 

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use minijinja::{Environment, Value, context};
 use serde_json::Value as Json;
 
-use super::{Message, jinja};
+use super::{Message, budget, jinja};
 use crate::checkpoint::{Files, Object};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened};
 use crate::model::Model;
 use crate::tokenizer::Tokenizer;
 
@@ -21,7 +21,7 @@ const FIELD: &str = "chat_template";
 /// The longest templates have some tens of kilobytes.
 const MAX_SOURCE: u64 = 1 << 20;
 /// A text of this many bytes fits in no model's context.
-const MAX_TEXT: usize = 64 << 20;
+const MAX_TEXT: usize = budget::TOTAL;
 
 /// Tokens that a template may name.
 const TOKENS: [&str; 7] =
@@ -82,6 +82,7 @@ impl ChatTemplate {
             documents => Value::from(()),
         };
         let variables = context! { ..call, ..Value::from(self.variables.clone()) };
+        budget::begin();
         let mut text = Bounded(Vec::new());
         let rendered = self
             .environment
@@ -140,12 +141,12 @@ impl ChatTemplate {
     }
 
     fn compile(source: &str, path: PathBuf) -> Result<Self> {
-        let source = jinja::without_generation_marks(source);
-        let made = jinja::environment().and_then(|mut environment| {
-            environment.add_template_owned(FIELD, source)?;
-            Ok(environment)
-        });
-        let environment = made.map_err(|error| fault(&path, &error))?;
+        if source.len() as u64 > MAX_SOURCE {
+            let message = format!("chat template: has {} bytes, above {MAX_SOURCE}", source.len());
+            return Err(Error::Malformed { path, message });
+        }
+        let environment =
+            jinja::environment(FIELD, source).map_err(|error| fault(&path, &error))?;
         Ok(Self { environment, path, variables: BTreeMap::new() })
     }
 }
@@ -187,7 +188,8 @@ fn fault(path: &Path, error: &minijinja::Error) -> Error {
         Some(detail) => detail.to_owned(),
         None => error.kind().to_string(),
     };
-    Error::Malformed { path: path.to_owned(), message: format!("chat template: {line}{what}") }
+    let message = shortened(format!("chat template: {line}{what}"));
+    Error::Malformed { path: path.to_owned(), message }
 }
 
 /// A text in memory that does not grow without end.

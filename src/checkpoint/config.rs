@@ -153,15 +153,17 @@ impl ModelConfig {
     /// Weights of the model: those that the forward pass multiplies or adds, norms and embedding
     /// included; scales of ternary matrices are not counted.
     pub fn parameters(&self) -> u64 {
-        let (hidden, wide) = (self.hidden as u64, self.intermediate as u64);
-        let (q, kv) = (self.attention.width() as u64, self.attention.kv_width() as u64);
+        // Of a configuration that lies, the number may be beyond 64 bits.
+        let (hidden, wide) = (self.hidden as u128, self.intermediate as u128);
+        let (q, kv) = (self.attention.width() as u128, self.attention.kv_width() as u128);
         let sub_norms = match self.architecture {
             Architecture::Llama => 0,
             Architecture::BitNet => hidden + wide,
         };
         let layer = hidden * (2 * q + 2 * kv + 3 * wide) + 2 * hidden + sub_norms;
         let tables = if self.tied_head == Some(true) { 1 } else { 2 };
-        self.layers as u64 * layer + hidden + tables * hidden * self.vocabulary as u64
+        let all = self.layers as u128 * layer + hidden + tables * hidden * self.vocabulary as u128;
+        u64::try_from(all).unwrap_or(u64::MAX)
     }
 
     fn parse(config: &Object) -> Result<Self> {
@@ -184,6 +186,9 @@ impl ModelConfig {
         if !norm_eps.is_normal() {
             return Err(config.error("rms_norm_eps", format!("is {norm_eps} as an f32")));
         }
+        let rope = rope(config, default_theta)?;
+        let context = config.count("max_position_embeddings")?.unwrap_or(2048);
+        check_angles(config, &rope, attention.head_dim, context)?;
         let found = config.text("hidden_act")?.unwrap_or(expected);
         if found != expected {
             return Err(config.unsupported(format!("hidden_act {found:?}"), expected));
@@ -197,8 +202,8 @@ impl ModelConfig {
             vocabulary: count("vocab_size")?,
             norm_eps,
             activation,
-            rope: rope(config, default_theta)?,
-            context: config.count("max_position_embeddings")?.unwrap_or(2048),
+            rope,
+            context,
             tied_head: config.flag("tie_word_embeddings")?,
             ternary: ternary(config, architecture)?,
             eos: Vec::new(),
@@ -319,6 +324,22 @@ fn rope(config: &Object, default_theta: f64) -> Result<RopeConfig> {
         }
     };
     Ok(RopeConfig { theta, scaling })
+}
+
+/// Refuses numbers of which no angles come: a NaN that a GPU works with may become anything.
+fn check_angles(config: &Object, rope: &RopeConfig, head_dim: usize, context: usize) -> Result<()> {
+    // Frequencies fall or rise with the channel, but for a head of very many, whose weights no file
+    // has, all of them are too much to look at.
+    let pairs = (head_dim / 2).min(1 << 16);
+    let widest = context as f32;
+    let bad = |f: &f32| !(f * widest).is_finite();
+    match rope.frequencies(2 * pairs).into_iter().find(bad) {
+        None => Ok(()),
+        Some(frequency) => Err(config.error(
+            "rope_theta",
+            format!("and its scaling give {frequency} radians a token, over {context} tokens"),
+        )),
+    }
 }
 
 fn llama3(config: &Object, settings: &Object) -> Result<Llama3Scaling> {

@@ -59,11 +59,16 @@ impl Files {
         }
     }
 
-    /// [`Files::read`] of a file that need not be there.
+    /// [`Files::read`] of a file that need not be there. A link that leads nowhere is there: it is
+    /// what a download that was broken off leaves.
     pub fn read_optional(&self, name: &str, limit: u64) -> Result<Option<Cow<'_, [u8]>>> {
         match self.read(name, limit) {
             Ok(bytes) => Ok(Some(bytes)),
-            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+            Err(Error::Io { source, .. })
+                if source.kind() == ErrorKind::NotFound && !self.contains(name) =>
+            {
+                Ok(None)
+            }
             Err(error) => Err(error),
         }
     }

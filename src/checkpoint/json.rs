@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::files::{Files, read_bounded};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened};
 
 /// No configuration of a real model comes near this; a larger file is not read.
 const MAX_BYTES: u64 = 16 << 20;
@@ -56,8 +56,8 @@ impl Object {
     pub fn error(&self, field: &str, message: impl Into<String>) -> Error {
         Error::Config {
             path: self.path.clone(),
-            field: format!("{}{field}", self.prefix),
-            message: message.into(),
+            field: shortened(format!("{}{field}", self.prefix)),
+            message: shortened(message),
         }
     }
 
@@ -65,7 +65,7 @@ impl Object {
     pub fn unsupported(&self, what: impl Into<String>, supported: impl Into<String>) -> Error {
         Error::Unsupported {
             path: self.path.clone(),
-            what: what.into(),
+            what: shortened(what),
             supported: supported.into(),
         }
     }

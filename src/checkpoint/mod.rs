@@ -7,6 +7,7 @@
 
 mod config;
 mod files;
+mod header;
 mod json;
 mod matrix;
 pub mod synthetic;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 
 pub use config::{Architecture, Llama3Scaling, ModelConfig, RopeConfig, Ternary};
 pub(crate) use files::{Files, read_bounded};
+pub(crate) use header::read_header;
 pub(crate) use json::Object;
 pub use matrix::{Bytes, FloatType, MatrixSource};
 pub use tensors::{TensorInfo, Tensors};

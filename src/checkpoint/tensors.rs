@@ -1,20 +1,21 @@
 //! The tensors of a directory: `model.safetensors`, or an index and its shards.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use memmap2::{Mmap, MmapOptions};
 use rayon::prelude::*;
-use safetensors::tensor::Metadata;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 
 use super::config::Ternary;
 use super::files::Files;
+use super::header::read_header;
 use super::json::Object;
 use super::matrix::{Bytes, FloatType, MatrixSource};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -29,9 +30,12 @@ struct Shard {
 /// What the tensors of a shard are read from.
 #[derive(Debug)]
 enum Data {
-    File(File),
+    /// With its length, and when it was written last, where the system knows.
+    File(File, Stamp),
     Memory(Bytes),
 }
+
+type Stamp = (u64, Option<SystemTime>);
 
 /// Where a tensor lies, and as what.
 #[derive(Clone, Debug)]
@@ -85,7 +89,7 @@ impl Tensors {
             for name in names {
                 let info = found.remove(name).ok_or_else(|| Error::MissingTensor {
                     path: files.path(shard),
-                    tensor: name.clone(),
+                    tensor: shortened(name),
                     note: format!("{INDEX} says that it is in this shard"),
                 })?;
                 tensors.insert(name.clone(), info);
@@ -117,6 +121,29 @@ impl Tensors {
     /// Bytes of all tensors in the files.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|info| info.bytes as u64).sum()
+    }
+
+    /// Refuses files that were written since they were opened: what is read of them now need not fit
+    /// what was read before.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] with the file.
+    pub(crate) fn check_unchanged(&self) -> Result<()> {
+        let mut checked: Option<&Arc<Shard>> = None;
+        for TensorInfo { shard, .. } in self.tensors.values() {
+            // Neighbours in the alphabet are most often neighbours in a file.
+            if checked.is_some_and(|checked| Arc::ptr_eq(checked, shard)) {
+                continue;
+            }
+            checked = Some(shard);
+            let Data::File(file, stamp) = &shard.data else { continue };
+            let now = file.metadata().map_err(Error::io(&shard.path))?;
+            if (now.len(), now.modified().ok()) != *stamp {
+                let message = "was changed since the model was opened".into();
+                return Err(Error::Malformed { path: shard.path.clone(), message });
+            }
+        }
+        Ok(())
     }
 
     fn used(&self) -> MutexGuard<'_, BTreeSet<String>> {
@@ -195,6 +222,11 @@ impl Tensors {
             Ternary::PackedDivide => 1.0 / stored_scale,
             _ => stored_scale,
         };
+        if !scale.is_finite() {
+            let message = format!("is {stored_scale}, by which nothing can be divided");
+            let name = format!("{name}.weight_scale");
+            return Err(self.wrong_value(&name, info, &message));
+        }
         let packed = map(info)?;
         // A fourth code would show that something else is packed here, or in another way.
         let foreign = packed.par_iter().position_any(|b| b & (b >> 1) & 0b01_01_01_01 != 0);
@@ -289,9 +321,13 @@ fn read_shard(files: &Files, name: &str) -> Result<BTreeMap<String, TensorInfo>>
     };
     // Of a file only the header's pages are read; the map goes at the end of this function.
     let whole = match &data {
-        Data::File(file) => {
-            let length = file.metadata().map_err(Error::io(&path))?.len();
-            Bytes::mapped(map_file(&path, file, 0, length as usize)?)
+        Data::File(file, (length, _)) => {
+            // On a machine of 32 bits a file may be larger than memory can be.
+            let length = usize::try_from(*length).map_err(|_| Error::Malformed {
+                path: path.clone(),
+                message: format!("has {length} bytes, which cannot be mapped on this machine"),
+            })?;
+            Bytes::mapped(map_file(&path, file, 0, length)?)
         }
         Data::Memory(bytes) => bytes.clone(),
     };
@@ -319,34 +355,23 @@ fn read_shard(files: &Files, name: &str) -> Result<BTreeMap<String, TensorInfo>>
 fn open_file(path: &Path) -> Result<Data> {
     let malformed =
         |message: &str| Error::Malformed { path: path.to_owned(), message: message.into() };
-    let file = File::open(path).map_err(Error::io(path))?;
-    let metadata = file.metadata().map_err(Error::io(path))?;
+    // Before it is opened: a pipe would wait for a writer, which may never come.
+    let metadata = fs::metadata(path).map_err(Error::io(path))?;
     if !metadata.is_file() {
         return Err(malformed("is not a regular file"));
     }
+    let file = File::open(path).map_err(Error::io(path))?;
     if metadata.len() == 0 {
         return Err(malformed("is empty"));
     }
-    Ok(Data::File(file))
-}
-
-/// The length of the header and what it says, or what is wrong with the file.
-fn read_header(whole: &[u8]) -> Result<(usize, Metadata), String> {
-    if whole.is_empty() {
-        return Err("is empty".into());
-    }
-    if whole.starts_with(b"version https://git-lfs") {
-        let message = "is a Git LFS pointer, not the weights: run `git lfs pull` in its directory";
-        return Err(message.into());
-    }
-    SafeTensors::read_metadata(whole)
-        .map_err(|error| format!("is not a whole safetensors file: {error}"))
+    let stamp = (metadata.len(), metadata.modified().ok());
+    Ok(Data::File(file, stamp))
 }
 
 fn map(info: &TensorInfo) -> Result<Bytes> {
     let Shard { path, data } = &*info.shard;
     match data {
-        Data::File(file) => map_file(path, file, info.offset, info.bytes).map(Bytes::mapped),
+        Data::File(file, _) => map_file(path, file, info.offset, info.bytes).map(Bytes::mapped),
         Data::Memory(whole) => {
             let start = info.offset as usize;
             // The header was checked against the length.
@@ -368,7 +393,11 @@ fn map_file(path: &Path, file: &File, offset: u64, length: usize) -> Result<Mmap
     Ok(map)
 }
 
+/// The name of a file in the same directory, of a length that files may have.
 fn is_plain_name(name: &str) -> bool {
+    if name.len() > 255 {
+        return false;
+    }
     let mut parts = Path::new(name).components();
     matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
 }

@@ -62,12 +62,23 @@ pub fn of_model<B: Backend>(plan: &ModelPlan) -> Vec<Question<B>> {
             rows::norm_of(backend, &mut Inputs::new(102), (257, 5, 0..5), &[out])
         }));
     }
-    let mut matrices: Vec<_> = body.into_iter().chain([head]).collect();
+    let mut matrices = body.to_vec();
     // The plan names few formats, and each of them several times.
     matrices.sort_by_key(|format| format.name());
     matrices.dedup();
+    let head = float(head).filter(|_| !matrices.contains(&head));
     for format in matrices {
         questions.push(product(format));
+    }
+    if let Some(format) = head {
+        let name = format!("{} weights of a head", format.0);
+        questions.push(Question::new("linear_float", name, move |backend: &B| {
+            // Nothing is added to logits.
+            let (mut inputs, stack): (_, (&[usize], usize)) = (Inputs::new(110), (&[39], 100));
+            let mut checks = float_of(backend, &mut inputs, format, stack, &[1])?;
+            checks.extend(float_of(backend, &mut inputs, format, stack, &[17])?);
+            Ok(checks)
+        }));
     }
     let width = if intermediate.is_multiple_of(4) { 260 } else { 257 };
     let normed = if ternary { ", normed" } else { "" };
@@ -85,7 +96,7 @@ pub fn of_attention<B: Backend>(head_dim: usize, policy: &AttentionPolicy) -> Ve
     // Windows do not change a kernel: with small ones little text is enough to leave them.
     let prefill = PrefillWindow { share: 0.05, ..policy.prefill };
     let policy = AttentionPolicy { sink: 3, window: 1, prefill, ..*policy };
-    let name = format!("heads of {head_dim}, {policy}");
+    let name = format!("heads of {head_dim}, {}", format_of(&policy));
     let dense = policy.is_dense();
     let mut questions = vec![Question::new("rope_append", name.clone(), move |backend: &B| {
         let mut inputs = Inputs::new(104);
@@ -114,6 +125,14 @@ pub fn of_attention<B: Backend>(head_dim: usize, policy: &AttentionPolicy) -> Ve
         Ok(compressed::attention_of(backend, case)?.into())
     }));
     questions
+}
+
+/// What of a policy decides which kernels run.
+fn format_of(policy: &AttentionPolicy) -> String {
+    let policy = policy.to_string();
+    let runs_alike = ["theta=", "sink=", "alpha=", "shape=", "window="];
+    let decides = |word: &&str| !runs_alike.iter().any(|name| word.starts_with(name));
+    policy.split(' ').filter(decides).collect::<Vec<_>>().join(" ")
 }
 
 /// A float format as the table has it; nothing for ternary matrices.

@@ -1,7 +1,7 @@
 //! Which original keys a cache still has.
 
 use super::policy::AttentionPolicy;
-use super::window::ExactRule;
+use super::window::{ExactRule, Phase};
 
 /// Which original keys a cache still has, those of the sink aside: all of them where keys are
 /// plain, else the last ones that were written, [`AttentionPolicy::recent_slots`] of them.
@@ -35,6 +35,18 @@ impl Originals {
     /// Takes note that the cache is empty, or was restored with the keys from a position on.
     pub fn restart(&mut self, from: usize) {
         self.from = from;
+    }
+
+    /// Takes note that the keys before a position are gone.
+    pub fn forget(&mut self, from: usize) {
+        self.from = self.from.max(from);
+    }
+
+    /// Whether a text of `length` tokens can be continued by a step of `phase`, and then, as after
+    /// every prompt, by decoding.
+    pub fn can_continue(&self, policy: &AttentionPolicy, phase: Phase, length: usize) -> bool {
+        let covers = |phase| self.cover(&policy.rule(phase), length);
+        covers(phase) && covers(Phase::Decode)
     }
 
     /// Whether the window of the next query, and so that of every later one, is whole in a text of

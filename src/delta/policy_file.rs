@@ -261,14 +261,13 @@ fn only(object: &Object, fields: &[&str]) -> Result<()> {
 }
 
 fn thresholds(object: &Object, value: &Value) -> Result<Thresholds> {
-    let list = |at: String, value: &Value| {
-        let list = value.as_array().cloned();
-        list.ok_or_else(|| object.error(&at, "is not a list: a list of each layer's numbers"))
-    };
+    let no_list = |at: &str| object.error(at, "is not a list: a list of each layer's numbers");
     let mut layers = Vec::new();
-    for (layer, row) in list("thresholds".into(), value)?.iter().enumerate() {
+    let rows = value.as_array().ok_or_else(|| no_list("thresholds"))?;
+    for (layer, row) in rows.iter().enumerate() {
         let mut heads = Vec::new();
-        for (head, theta) in list(format!("thresholds[{layer}]"), row)?.iter().enumerate() {
+        let row = row.as_array().ok_or_else(|| no_list(&format!("thresholds[{layer}]")))?;
+        for (head, theta) in row.iter().enumerate() {
             let number = theta.as_f64().map(|theta| theta as f32);
             let at = format!("thresholds[{layer}][{head}]");
             heads.push(number.ok_or_else(|| object.error(&at, "is not a number"))?);

@@ -7,7 +7,7 @@ use super::policy::{
     AttentionPolicy, DeltaFormat, DeltaKeys, KeyFormat, PrefillWindow, Reference, Threshold,
     ValueFormat, WindowShape,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened};
 use crate::formats::CacheFormat;
 
 impl fmt::Display for AttentionPolicy {
@@ -191,7 +191,7 @@ fn none_given(fields: &[(&'static str, Option<&str>)], allowed: &str) -> Result<
 }
 
 fn refused<'a>(name: &'static str, value: impl Into<Option<&'a str>>, allowed: &str) -> Error {
-    let value = value.into().unwrap_or_default().to_owned();
+    let value = shortened(value.into().unwrap_or_default());
     Error::Parameter { name, value, allowed: allowed.to_owned() }
 }
 
@@ -206,7 +206,7 @@ impl FromStr for Threshold {
         };
         number.trim().parse().map(make).map_err(|_| Error::Parameter {
             name: "theta",
-            value: text.to_owned(),
+            value: shortened(text),
             allowed: "must be a number, or a number and `sigma`".to_owned(),
         })
     }

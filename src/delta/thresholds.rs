@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::page::PageLayout;
 use super::policy::{AttentionPolicy, DeltaKeys, KeyFormat, MAX_THETA, Threshold};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened};
 
 /// Thresholds of every layer and KV head, `[layers][G]`, in place of the one in a policy's
 /// [`DeltaKeys`], whose unit they are in: absolute, or standard deviations. Cheap to clone.
@@ -27,7 +27,8 @@ impl Thresholds {
             Err(Error::Parameter { name: "thresholds", value, allowed: allowed.to_owned() })
         };
         if heads == 0 {
-            return refuse(format!("{layers:?}"), "needs a number for each layer and KV head");
+            let value = format!("{} layers, and none in layer 0", layers.len());
+            return refuse(value, "needs a number for each layer and KV head");
         }
         for (layer, row) in layers.iter().enumerate() {
             if row.len() != heads {
@@ -102,7 +103,7 @@ impl FromStr for Thresholds {
         let number = |word: &str| {
             word.parse().map_err(|_| Error::Parameter {
                 name: "thresholds",
-                value: word.to_owned(),
+                value: shortened(word),
                 allowed: "must be a number".to_owned(),
             })
         };

@@ -1,13 +1,22 @@
 //! The fields of rows: our own, those of well-known data sets, and those of harness logs.
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value};
 
 use super::rows::Content;
+
+/// No task has so many choices: each is run with its context.
+const MOST_CHOICES: usize = 1000;
+/// Bytes of all choices of a row, each with its context: beyond any model's.
+const MOST_BYTES: usize = 64 << 20;
 
 /// What "no answer" is called where a row does not say.
 const NO_ANSWER: &str = "unanswerable";
 
 type Object = Map<String, Value>;
+/// A context and its continuation.
+type Pair = (Arc<str>, String);
 type Parsed<T> = Result<T, String>;
 
 /// What a line asks; an error names the field.
@@ -55,7 +64,7 @@ pub(super) fn content(object: &Object) -> Parsed<Content> {
 }
 
 fn choice(object: &Object) -> Parsed<Content> {
-    let (context, choices) = (text(object, "context")?, texts(object, "choices")?);
+    let (context, choices) = (shared(object, "context")?, texts(object, "choices")?);
     if choices.len() < 2 {
         return Err(format!("field \"choices\" has {} texts, expected 2 or more", choices.len()));
     }
@@ -76,13 +85,13 @@ fn winogrande(object: &Object) -> Parsed<Content> {
     let after = format!(" {}", after.trim());
     let pairs = ["option1", "option2"]
         .into_iter()
-        .map(|name| Ok((format!("{before}{}", text(object, name)?), after.clone())))
+        .map(|name| Ok((format!("{before}{}", text(object, name)?).into(), after.clone())))
         .collect::<Parsed<Vec<_>>>()?;
     paired(pairs, index(object, "answer", 1, 2)?)
 }
 
 fn piqa(object: &Object) -> Parsed<Content> {
-    let context = format!("Question: {}\nAnswer:", text(object, "goal")?);
+    let context: Arc<str> = format!("Question: {}\nAnswer:", text(object, "goal")?).into();
     let pairs = ["sol1", "sol2"]
         .into_iter()
         .map(|name| Ok((context.clone(), format!(" {}", text(object, name)?))))
@@ -92,9 +101,9 @@ fn piqa(object: &Object) -> Parsed<Content> {
 
 fn science(object: &Object) -> Parsed<Content> {
     let name = if object.contains_key("question") { "question" } else { "question_stem" };
-    let context = match name {
-        "question" => format!("Question: {}\nAnswer:", text(object, name)?),
-        _ => text(object, name)?,
+    let context: Arc<str> = match name {
+        "question" => format!("Question: {}\nAnswer:", text(object, name)?).into(),
+        _ => shared(object, name)?,
     };
     let Some(Value::Object(choices)) = object.get("choices") else {
         return Err("field \"choices\" is not an object with \"text\" and \"label\"".into());
@@ -115,7 +124,7 @@ fn hellaswag(object: &Object) -> Parsed<Content> {
         None => String::new(),
     };
     let activity = text(object, "activity_label")?;
-    let context = without_brackets(&format!("{activity}: {first} {second}"));
+    let context: Arc<str> = without_brackets(&format!("{activity}: {first} {second}")).into();
     let endings = texts(object, "endings")?;
     let label = index(object, "label", 0, endings.len())?;
     let ending = |ending: &String| (context.clone(), format!(" {}", without_brackets(ending)));
@@ -191,11 +200,11 @@ fn logged_sample(object: &Object) -> Parsed<Content> {
         return Err("field \"doc\" is not an object".into());
     };
     let arguments = arguments(object)?;
-    let pairs: Vec<(String, String)> = arguments
+    let pairs: Vec<Pair> = arguments
         .iter()
         .filter_map(|argument| match argument.as_slice() {
             [Value::String(context), Value::String(continuation)] => {
-                Some((context.clone(), continuation.clone()))
+                Some((context.as_str().into(), continuation.clone()))
             }
             _ => None,
         })
@@ -240,7 +249,7 @@ fn logged_sample(object: &Object) -> Parsed<Content> {
 }
 
 /// A logged target is the number of a choice, from 0, or its text.
-fn named_or_numbered(target: &str, pairs: &[(String, String)]) -> Parsed<usize> {
+fn named_or_numbered(target: &str, pairs: &[Pair]) -> Parsed<usize> {
     let named = pairs.iter().position(|(_, choice)| choice.trim() == target);
     let numbered = target.parse().ok().filter(|i| *i < pairs.len());
     match (named, numbered) {
@@ -273,9 +282,16 @@ fn arguments(object: &Object) -> Parsed<Vec<Vec<Value>>> {
     lists.into_iter().map(list).collect()
 }
 
-fn paired(pairs: Vec<(String, String)>, label: usize) -> Parsed<Content> {
-    if pairs.len() < 2 {
-        return Err(format!("has {} choices, expected 2 or more", pairs.len()));
+fn paired(pairs: Vec<Pair>, label: usize) -> Parsed<Content> {
+    if !(2..=MOST_CHOICES).contains(&pairs.len()) {
+        return Err(format!("has {} choices, expected 2 to {MOST_CHOICES}", pairs.len()));
+    }
+    // A context is there once, but becomes tokens with each of its choices.
+    let bytes: usize = pairs.iter().map(|(context, choice)| context.len() + choice.len()).sum();
+    if bytes > MOST_BYTES {
+        return Err(format!(
+            "has {bytes} bytes in its choices, each with its context, expected {MOST_BYTES} at most"
+        ));
     }
     if let Some(empty) = pairs.iter().position(|(_, choice)| choice.trim().is_empty()) {
         return Err(format!("choice {empty} is empty"));
@@ -291,6 +307,11 @@ fn text(object: &Object, name: &str) -> Parsed<String> {
         Some(other) => Err(format!("field {name:?} is {}, expected a text", kind(other))),
         None => Err(format!("field {name:?} is missing")),
     }
+}
+
+/// A text that many choices follow.
+fn shared(object: &Object, name: &str) -> Parsed<Arc<str>> {
+    text(object, name).map(Arc::from)
 }
 
 fn texts(object: &Object, name: &str) -> Parsed<Vec<String>> {

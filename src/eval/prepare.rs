@@ -113,7 +113,7 @@ impl Prepared {
                     .iter()
                     .map(|(context, continuation)| continued(row, tokenizer, context, continuation))
                     .collect::<Result<_>>()?;
-                let length = |(_, choice): &(String, String)| {
+                let length = |(_, choice): &(Arc<str>, String)| {
                     choice.strip_prefix(' ').unwrap_or(choice).chars().count()
                 };
                 Self::Choice { choices, lengths: pairs.iter().map(length).collect(), label: *label }

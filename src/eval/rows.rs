@@ -1,15 +1,18 @@
 //! Tasks as files: what is asked, read line by line.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
 use super::formats;
 use crate::checkpoint::read_bounded;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened};
 
 /// No file of questions comes near this.
 const MAX_BYTES: u64 = 1 << 30;
+/// Bytes that the prompts of a file in SQuAD's format may have beyond some times its own.
+const MOST_REPEATED: usize = 64 << 20;
 
 /// What a task's rows ask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,7 +57,7 @@ pub enum Content {
     Choice {
         /// Mostly one context with several continuations; several contexts with one continuation for
         /// tasks as Winogrande.
-        pairs: Vec<(String, String)>,
+        pairs: Vec<(Arc<str>, String)>,
         /// Index of the right one.
         label: usize,
     },
@@ -147,7 +150,7 @@ fn lines(path: &Path, text: &str, limit: usize) -> Result<Vec<Row>> {
     for (at, line) in lines.take(limit) {
         let line_error = |message: String| Error::Malformed {
             path: path.to_owned(),
-            message: format!("line {}: {message}", at + 1),
+            message: shortened(format!("line {}: {message}", at + 1)),
         };
         let object = match serde_json::from_str(line) {
             Ok(Value::Object(object)) => object,
@@ -162,7 +165,8 @@ fn lines(path: &Path, text: &str, limit: usize) -> Result<Vec<Row>> {
 
 /// SQuAD's own files: `{"data": [{"title", "paragraphs": [{"context", "qas": [...]}]}]}`.
 fn squad(path: &Path, text: &str, limit: usize) -> Result<Vec<Row>> {
-    let malformed = |message: String| Error::Malformed { path: path.to_owned(), message };
+    let malformed =
+        |message: String| Error::Malformed { path: path.to_owned(), message: shortened(message) };
     let value: Value = serde_json::from_str(text)
         .map_err(|error| malformed(format!("is not valid JSON: {error}")))?;
     let expected = || {
@@ -172,18 +176,19 @@ fn squad(path: &Path, text: &str, limit: usize) -> Result<Vec<Row>> {
                 .into(),
         )
     };
-    let list = |value: &Value, name: &str| {
-        value.get(name).and_then(Value::as_array).cloned().ok_or_else(expected)
-    };
+    let list = |value, name| list(value, name).ok_or_else(expected);
+    // A paragraph is there once, but stands in the prompt of each of its questions.
+    let (mut bytes, most) = (0, MOST_REPEATED.saturating_add(16 * text.len()));
     let mut rows = Vec::new();
     for article in list(&value, "data")? {
-        for paragraph in list(&article, "paragraphs")? {
-            for question in list(&paragraph, "qas")? {
+        for paragraph in list(article, "paragraphs")? {
+            for question in list(paragraph, "qas")? {
                 if rows.len() == limit {
                     return Ok(rows);
                 }
-                let Value::Object(mut object) = question else { return Err(expected()) };
-                for (name, from) in [("title", &article), ("context", &paragraph)] {
+                let Value::Object(question) = question else { return Err(expected()) };
+                let mut object = question.clone();
+                for (name, from) in [("title", article), ("context", paragraph)] {
                     if let Some(value) = from.get(name) {
                         object.insert(name.into(), value.clone());
                     }
@@ -191,11 +196,22 @@ fn squad(path: &Path, text: &str, limit: usize) -> Result<Vec<Row>> {
                 let id = identity(&object, rows.len());
                 let content = formats::content(&object)
                     .map_err(|message| malformed(format!("question {id}: {message}")))?;
+                if let Content::Question { prompt, .. } = &content {
+                    bytes += prompt.len();
+                }
+                if bytes > most {
+                    let message = format!("its questions with their texts have over {most} bytes");
+                    return Err(malformed(message));
+                }
                 rows.push(Row { id, content });
             }
         }
     }
     Ok(rows)
+}
+
+fn list<'a>(value: &'a Value, name: &str) -> Option<&'a [Value]> {
+    value.get(name)?.as_array().map(Vec::as_slice)
 }
 
 fn identity(object: &Map<String, Value>, number: usize) -> String {

@@ -1,11 +1,12 @@
 //! Which adapters there are, how one is chosen and opened, and how its failures become errors.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::buffer::Buffer;
+use super::fault::{Event, Fault, Faults};
 use super::pipeline::Pipeline;
 use super::pipelines::Pipelines;
 use super::sabotage::Sabotage;
@@ -14,9 +15,6 @@ use super::shader::{Abilities, Kernel};
 use super::tuning::{Tuning, Tunings};
 use crate::backend::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
-
-/// How long a buffer may take to be mapped once the work on it is done.
-const MAP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Which adapter to take.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,6 +46,12 @@ pub struct GpuOptions {
     /// Cuts matrices into blocks of at most this many bytes, as on a device with smaller bindings.
     /// For tests.
     pub max_matrix_block: Option<u64>,
+    /// Asks for buffers and bindings of at most this many bytes, as a smaller device has them. For
+    /// tests.
+    pub max_buffer: Option<u64>,
+    /// How long one submission may take before the device counts as lost: a driver that hangs is an
+    /// error then. A step of a long prompt is several submissions; one of decoding is one.
+    pub time_limit: Duration,
     /// What was found out about devices.
     pub tunings: Tunings,
     /// Multiply packed 8-bit integers by `dot4I8Packed`.
@@ -59,7 +63,13 @@ pub struct GpuOptions {
     pub findings: Option<PathBuf>,
     /// Kernels that are broken on purpose. For tests.
     pub sabotage: Sabotage,
+    /// Faults that the device is to have. For tests.
+    pub faults: Faults,
 }
+
+/// [`GpuOptions::time_limit`] by default. A submission takes 0.1 s on an integrated GPU; a software
+/// adapter on an old CPU may need some hundred times as long.
+const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 impl Default for GpuOptions {
     fn default() -> Self {
@@ -70,11 +80,14 @@ impl Default for GpuOptions {
             floor_limits: false,
             timestamps: false,
             max_matrix_block: None,
+            max_buffer: None,
+            time_limit: TIME_LIMIT,
             tunings: Tunings::default(),
             packed_dot: true,
             self_test: true,
             findings: None,
             sabotage: Sabotage::default(),
+            faults: Faults::default(),
         }
     }
 }
@@ -86,7 +99,7 @@ pub struct Adapter {
     pub name: String,
     /// What kind of processor it is.
     pub kind: DeviceKind,
-    /// The interface it is reached by: `vulkan`, `metal` or `dx12`.
+    /// The interface it is reached by: `vulkan`, `metal`, `dx12`, or `gl` with that feature.
     pub backend: String,
     /// The driver and its version.
     pub driver: String,
@@ -133,28 +146,41 @@ impl Adapter {
     }
 }
 
-/// The adapters of this machine, the fastest kind first.
+/// The interfaces that adapters are looked for with.
+const BACKENDS: wgpu::Backends = if cfg!(feature = "gl") {
+    wgpu::Backends::PRIMARY.union(wgpu::Backends::GL)
+} else {
+    wgpu::Backends::PRIMARY
+};
+
+/// The adapters of this machine, the fastest kind first; of a kind, those of OpenGL last.
 pub fn adapters() -> Vec<Adapter> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    descriptor.backends = wgpu::Backends::PRIMARY;
+    descriptor.backends = BACKENDS;
     // A debug build would switch on validation layers where some are installed, which may be older
     // than what the shader compiler writes; wgpu validates every call itself.
     descriptor.flags = wgpu::InstanceFlags::empty();
     let instance = wgpu::Instance::new(descriptor);
-    let found = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::PRIMARY));
+    let found = pollster::block_on(instance.enumerate_adapters(BACKENDS));
     let mut adapters: Vec<_> = found.into_iter().map(Adapter::new).collect();
-    adapters.sort_by_key(|adapter| match adapter.kind {
-        DeviceKind::DiscreteGpu => 0,
-        DeviceKind::IntegratedGpu => 1,
-        DeviceKind::VirtualGpu => 2,
-        DeviceKind::OtherGpu => 3,
-        DeviceKind::SoftwareGpu | DeviceKind::Cpu => 4,
+    adapters.sort_by_key(|adapter| {
+        let kind = match adapter.kind {
+            DeviceKind::DiscreteGpu => 0,
+            DeviceKind::IntegratedGpu => 1,
+            DeviceKind::VirtualGpu => 2,
+            DeviceKind::OtherGpu => 3,
+            DeviceKind::SoftwareGpu | DeviceKind::Cpu => 4,
+        };
+        (kind, adapter.backend == wgpu::Backend::Gl.to_str())
     });
     adapters
 }
 
-fn select(select: &Select) -> Result<Adapter> {
-    let adapters = adapters();
+fn select(select: &Select, faults: &Faults) -> Result<Adapter> {
+    let adapters = match faults.strike(Event::Opening) {
+        Some(_) => Vec::new(),
+        None => adapters(),
+    };
     let position = match select {
         Select::Hardware => adapters.iter().position(|a| a.kind != DeviceKind::SoftwareGpu),
         Select::Named(name) => {
@@ -196,6 +222,13 @@ pub(super) struct Device {
     pub max_matrix_block: u64,
     held: Arc<AtomicU64>,
     failure: Arc<Mutex<Option<Failure>>>,
+    /// Submissions that are done.
+    pub finished: Arc<AtomicU64>,
+    /// How long one may take.
+    pub time_limit: Duration,
+    faults: Faults,
+    /// Whether a test has had a submission that does not end.
+    pub hangs: AtomicBool,
     pub pipelines: Pipelines,
     pub tuning: Tuning,
     pub abilities: Abilities,
@@ -205,7 +238,7 @@ pub(super) struct Device {
 impl Device {
     /// Chooses an adapter and opens it.
     pub(super) fn open(options: &GpuOptions) -> Result<Self> {
-        let adapter = select(&options.select)?;
+        let adapter = select(&options.select, &options.faults)?;
         let mut features = wgpu::Features::empty();
         let mut limits = wgpu::Limits::default();
         if !options.floor_limits {
@@ -214,6 +247,11 @@ impl Device {
             features.set(wgpu::Features::TIMESTAMP_QUERY, options.timestamps);
             features &= adapter.raw.features();
             limits = adapter.raw.limits();
+        }
+        if let Some(most) = options.max_buffer {
+            limits.max_buffer_size = most.min(limits.max_buffer_size);
+            limits.max_storage_buffer_binding_size =
+                most.min(limits.max_storage_buffer_binding_size);
         }
         let request = adapter.raw.request_device(&wgpu::DeviceDescriptor {
             label: None,
@@ -270,8 +308,12 @@ impl Device {
             max_matrix_block: options
                 .max_matrix_block
                 .map_or(max_binding, |max| max.min(max_binding)),
-            held: Arc::default(),
+            held: options.faults.counter(),
             failure,
+            finished: Arc::default(),
+            time_limit: options.time_limit,
+            faults: options.faults.clone(),
+            hangs: AtomicBool::new(false),
             pipelines,
             tuning,
             abilities,
@@ -313,16 +355,12 @@ impl Device {
         self.check_size(what, size)?;
         let descriptor =
             wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
-        let raw = self.scoped(|| self.raw.create_buffer(&descriptor)).map_err(|error| {
-            let device = self.info.name.clone();
-            let what = what.to_owned();
-            match error {
-                wgpu::Error::OutOfMemory { .. } => {
-                    Error::DeviceMemory { device, what, needed: size, held: self.held() }
-                }
-                other => Error::Device { device, what, message: other.to_string() },
-            }
-        })?;
+        let raw = match self.faults.strike(Event::Allocation) {
+            Some(_) => Err(self.out_of_memory(what, size)),
+            None => self
+                .scoped(|| self.raw.create_buffer(&descriptor))
+                .map_err(|error| self.refused(what, size, &error)),
+        }?;
         Ok(Buffer::new(raw, size, Arc::clone(&self.held)))
     }
 
@@ -342,9 +380,52 @@ impl Device {
     /// Writes bytes, a multiple of four, before the next submission.
     pub(super) fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
         if !bytes.is_empty() {
-            self.queue.write_buffer(buffer.raw(), offset, bytes);
+            let needed = bytes.len() as u64;
+            self.scoped(|| self.queue.write_buffer(buffer.raw(), offset, bytes))
+                .map_err(|error| self.refused("writing to the device", needed, &error))?;
         }
         self.check()
+    }
+
+    /// Submits commands, or only what was written so far.
+    ///
+    /// # Errors
+    /// What is wrong with these commands: that of other sessions is told to them.
+    pub(super) fn submit(
+        &self,
+        commands: Option<wgpu::CommandEncoder>,
+    ) -> Result<wgpu::SubmissionIndex> {
+        let mut commands = commands;
+        if let Some(fault) = self.faults.strike(Event::Submission) {
+            self.suffer(fault, &mut commands);
+        }
+        let submit = || self.queue.submit(commands.map(wgpu::CommandEncoder::finish));
+        let submission =
+            self.scoped(submit).map_err(|error| self.refused("a submission", 0, &error))?;
+        let finished = Arc::clone(&self.finished);
+        self.queue.on_submitted_work_done(move || {
+            finished.fetch_add(1, Ordering::Relaxed);
+        });
+        self.check()?;
+        Ok(submission)
+    }
+
+    /// Does to the device, or to commands that are about to be submitted, what a test has asked for.
+    fn suffer(&self, fault: Fault, commands: &mut Option<wgpu::CommandEncoder>) {
+        match fault {
+            Fault::Lost => {
+                self.raw.destroy();
+                self.count_as_lost("a test has asked for it".to_owned());
+            }
+            Fault::LostUnnoticed => self.raw.destroy(),
+            Fault::Invalid => {
+                let new = || self.raw.create_command_encoder(&Default::default());
+                // There is no group to be left.
+                commands.get_or_insert_with(new).pop_debug_group();
+            }
+            Fault::Hangs => self.hangs.store(true, Ordering::Relaxed),
+            Fault::OutOfMemory | Fault::Gone => {}
+        }
     }
 
     /// Has kernels compiled that will be needed; returns at once.
@@ -369,7 +450,7 @@ impl Device {
             return Ok(());
         }
         // Calls fail before the news of a lost device arrives, which comes with a poll.
-        let _ = self.raw.poll(wgpu::PollType::Poll);
+        let _ = self.poll(wgpu::PollType::Poll);
         let mut slot = slot();
         match &*slot {
             None => Ok(()),
@@ -385,46 +466,31 @@ impl Device {
         }
     }
 
-    /// Waits until a submission is done, or all of them.
-    pub(super) fn wait(&self, submission: Option<wgpu::SubmissionIndex>) -> Result<()> {
-        let wait = wgpu::PollType::Wait { submission_index: submission, timeout: None };
-        let polled = self.raw.poll(wait);
-        self.check()?;
-        polled.map(drop).map_err(|error| self.fault("waiting for the device", error.to_string()))
+    /// Has every call fail from now on.
+    pub(super) fn count_as_lost(&self, message: String) {
+        keep(&self.failure, Failure::Lost(message));
     }
 
-    /// Waits for a submission and reads the first `bytes` of a buffer that it has copied to.
-    pub(super) fn map(
-        &self,
-        buffer: &Buffer,
-        bytes: u64,
-        submission: Option<wgpu::SubmissionIndex>,
-    ) -> Result<Vec<u8>> {
-        if bytes == 0 {
-            return self.wait(submission).map(|()| Vec::new());
-        }
-        let (sender, receiver) = std::sync::mpsc::channel();
-        buffer.raw().map_async(wgpu::MapMode::Read, ..bytes, move |result| {
-            // The receiver is gone where the wait has failed.
-            let _ = sender.send(result);
-        });
-        self.wait(submission)?;
-        let unreadable = |message: String| self.fault("reading a buffer", message);
-        // Another thread that waits may be the one that brings the news.
-        match receiver.recv_timeout(MAP_TIMEOUT) {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(unreadable(error.to_string())),
-            Err(error) => return Err(unreadable(error.to_string())),
-        }
-        let view = buffer.raw().get_mapped_range(..bytes);
-        let data = view.map(|view| view.to_vec()).map_err(|error| unreadable(error.to_string()));
-        buffer.raw().unmap();
-        data
-    }
-
-    /// Gives the device up, as if the driver had lost it. For tests.
+    /// Gives the device up: what lies on it is freed, and whoever uses it fails.
     pub(super) fn lose(&self) {
         self.raw.destroy();
+    }
+
+    /// The error for a call that wgpu or the driver has refused; `needed` bytes were asked for.
+    fn refused(&self, what: &str, needed: u64, error: &wgpu::Error) -> Error {
+        // A driver without memory for a submission loses the device with it.
+        if let Err(lost @ Error::DeviceLost { .. }) = self.check() {
+            return lost;
+        }
+        match error {
+            wgpu::Error::OutOfMemory { .. } => self.out_of_memory(what, needed),
+            other => self.fault(what, other.to_string()),
+        }
+    }
+
+    fn out_of_memory(&self, what: &str, needed: u64) -> Error {
+        let (device, what) = (self.info.name.clone(), what.to_owned());
+        Error::DeviceMemory { device, what, needed, held: self.held() }
     }
 
     /// An [`Error::Device`].

@@ -3,6 +3,7 @@
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -12,8 +13,12 @@ use super::pipelines::Plainer;
 use super::shader::source_parts;
 use super::tuning::{Tuning, key};
 use crate::backend::DeviceInfo;
-use crate::error::{Error, Result};
+use crate::checkpoint::read_bounded;
+use crate::error::{Error, Result, shortened};
 use crate::whole_file::write_whole;
+
+/// A device takes some kilobytes: no machine has seen so many.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// What is known of one device.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -53,17 +58,18 @@ impl Findings {
     /// Reads what [`Findings::write`] has written; nothing where there is no such file.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Malformed`].
+    /// [`Error::Io`]; [`Error::Malformed`], also where the file is larger than any that was written.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = match std::fs::read_to_string(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+        let text = match read_bounded(path, MAX_BYTES) {
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
                 return Ok(Self::default());
             }
-            Err(source) => return Err(Error::Io { path: path.to_owned(), source }),
-            Ok(text) => text,
+            text => text?,
         };
-        serde_json::from_str(&text)
-            .map_err(|error| Error::Malformed { path: path.to_owned(), message: error.to_string() })
+        serde_json::from_slice(&text).map_err(|error| Error::Malformed {
+            path: path.to_owned(),
+            message: shortened(error.to_string()),
+        })
     }
 
     /// Writes a file, which appears when it is whole and replaces what was there; makes its folder.

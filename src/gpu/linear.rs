@@ -240,7 +240,7 @@ impl<'a> Upload<'a> {
 
     /// Sends what waits in staging memory, and waits until it has been taken.
     fn finish(&mut self) -> Result<()> {
-        let submission = self.device.queue.submit([]);
+        let submission = self.device.submit(None)?;
         self.staged = 0;
         self.device.wait(Some(submission))
     }

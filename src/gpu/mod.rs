@@ -3,6 +3,8 @@
 //! | file | what |
 //! |---|---|
 //! | `device` | adapters, opening one, its failures as errors |
+//! | `wait` | waiting for one, with a limit |
+//! | `fault` | failures on demand, for tests |
 //! | `buffer`, `tensor`, `linear`, `cache` | what lies on the device |
 //! | `image` | a cache read back, and restored |
 //! | `shader`, `pipeline`, `pipelines` | the table of kernels, linking them, and compiling them ahead |
@@ -23,6 +25,7 @@ mod device;
 mod doctor;
 mod embed;
 mod encode_keys;
+mod fault;
 mod findings;
 mod gate;
 mod image;
@@ -44,12 +47,14 @@ mod tensor;
 mod timer;
 mod tune;
 mod tuning;
+mod wait;
 
 use std::sync::Arc;
 
 pub use cache::Cache;
 pub use device::{Adapter, GpuOptions, Select, adapters};
 pub use doctor::{Answer, Diagnosis, Verdict, diagnose};
+pub use fault::{Fault, Faults};
 pub use findings::{Finding, Findings};
 pub use linear::Linear;
 pub use recorder::Counters;
@@ -128,6 +133,10 @@ impl Backend for Gpu {
 
     fn device(&self) -> &DeviceInfo {
         self.info()
+    }
+
+    fn held(&self) -> Option<u64> {
+        Some(self.bytes())
     }
 
     fn announce(&self, plan: &ModelPlan) {
@@ -212,6 +221,14 @@ impl Backend for Gpu {
     /// next step. More would only be thrown away at the end of a text.
     fn look_ahead(&self) -> usize {
         1
+    }
+
+    fn can_be_lost(&self) -> bool {
+        true
+    }
+
+    fn give_up(&self) {
+        self.device.lose();
     }
 }
 

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use super::pipeline::Pipeline;
 use super::shader::{Abilities, Kernel};
@@ -35,6 +36,8 @@ struct State {
     plainer: Plainer,
     /// What was needed since [`Pipelines::watch`].
     watched: Option<Vec<Kernel>>,
+    /// How long those who needed kernels have waited for them.
+    waited: Duration,
     /// Kernels that were needed and never announced.
     #[cfg(test)]
     missed: Vec<&'static str>,
@@ -73,7 +76,9 @@ impl Shared {
         if state.plainer.is_empty() {
             return self.abilities;
         }
-        state.plainer.get(&format!("{kernel:?}")).copied().unwrap_or(self.abilities)
+        // Whatever a file says, a device has no abilities but its own.
+        let plainer = state.plainer.get(&format!("{kernel:?}"));
+        plainer.map_or(self.abilities, |plainer| self.abilities.shared_with(*plainer))
     }
 
     /// Compiles what waits, until nothing does.
@@ -124,7 +129,15 @@ impl Pipelines {
             watched.push(kernel);
         }
         drop(state);
-        self.shared.fill(kernel, &slot)
+        let start = Instant::now();
+        let pipeline = self.shared.fill(kernel, &slot);
+        self.shared.state().waited += start.elapsed();
+        pipeline
+    }
+
+    /// How long those who needed kernels have waited for them, until now.
+    pub(super) fn waited(&self) -> Duration {
+        self.shared.state().waited
     }
 
     /// Begins to note which kernels are needed.

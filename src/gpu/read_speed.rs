@@ -102,7 +102,7 @@ fn part(device: &Arc<Device>, pieces: u64, word: &mut u32) -> Result<Part> {
         device.write(&data, at, bytemuck::cast_slice(&words))?;
         *word += count;
         // Or all of it would wait in staging memory.
-        let submission = device.queue.submit([]);
+        let submission = device.submit(None)?;
         device.wait(Some(submission))?;
     }
     let sums = device.storage("sums", pieces * INVOCATIONS * 4)?;

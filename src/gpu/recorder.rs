@@ -222,11 +222,12 @@ impl Recorder {
             let ((from, from_at), (to, to_at)) = (&copy.from, &copy.to);
             encoder.copy_buffer_to_buffer(from, *from_at, to, *to_at, copy.bytes);
         }
-        let submission = self.device.queue.submit([encoder.finish()]);
-        self.submitted = Some(submission.clone());
+        let submission = self.device.submit(Some(encoder));
         self.work = 0;
         self.parameters.clear();
         self.parameter_bytes.clear();
+        let submission = submission?;
+        self.submitted = Some(submission.clone());
         self.counters.submissions += 1;
         if let Some(timer) = self.timer.as_mut().filter(|_| !timed.is_empty()) {
             timer.collect(&self.device, submission, &timed)?;

@@ -63,6 +63,15 @@ impl Abilities {
         all.into_iter()
     }
 
+    /// Those that both have.
+    pub(super) fn shared_with(self, other: Self) -> Self {
+        Self {
+            f16: self.f16 && other.f16,
+            subgroups: self.subgroups && other.subgroups,
+            packed_dot: self.packed_dot && other.packed_dot,
+        }
+    }
+
     /// The abilities by name; "plain" where there is none.
     pub fn names(self) -> String {
         let names =

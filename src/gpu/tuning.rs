@@ -7,8 +7,12 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{DeviceInfo, DeviceKind, MatrixFormat};
-use crate::error::{Error, Result};
+use crate::checkpoint::read_bounded;
+use crate::error::{Error, Result, shortened};
 use crate::whole_file::write_whole;
+
+/// A device takes half a kilobyte: no machine has seen so many.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// How a workgroup of a product with few tokens is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -138,16 +142,19 @@ impl Tunings {
     /// Reads what [`Tunings::write`] has written.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Malformed`]; [`Error::Parameter`] as [`Tuning::check`].
+    /// [`Error::Io`]; [`Error::Malformed`], with what [`Tuning::check`] says among its reasons.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let io = |source| Error::Io { path: path.to_owned(), source };
-        let text = std::fs::read_to_string(path).map_err(io)?;
-        let tunings: Self = serde_json::from_str(&text).map_err(|error| Error::Malformed {
+        let malformed = |message: String| Error::Malformed {
             path: path.to_owned(),
-            message: error.to_string(),
-        })?;
-        tunings.0.values().try_for_each(Tuning::check)?;
+            message: shortened(message),
+        };
+        let text = read_bounded(path, MAX_BYTES)?;
+        let tunings: Self =
+            serde_json::from_slice(&text).map_err(|error| malformed(error.to_string()))?;
+        for (device, tuning) in &tunings.0 {
+            tuning.check().map_err(|error| malformed(format!("{device:?}: {error}")))?;
+        }
         Ok(tunings)
     }
 
@@ -198,7 +205,13 @@ mod tests {
             let error = Tunings::read(&path).expect_err(text).to_string();
             assert!(error.contains("tunings.json") && error.contains(what), "{error}");
         }
-        assert!(matches!(Tunings::read(folder.path()), Err(Error::Io { .. })));
+        let possible = serde_json::to_string(&tunings).expect("JSON");
+        std::fs::write(&path, possible.replace(":32", ":33")).expect("written");
+        let error = Tunings::read(&path).expect_err("33 invocations").to_string();
+        assert!(error.contains("tunings.json") && error.contains("workgroup 33"), "{error}");
+        assert!(matches!(Tunings::read(folder.path()), Err(Error::Malformed { .. })));
+        let absent = Tunings::read(folder.path().join("absent"));
+        assert!(matches!(absent, Err(Error::Io { .. })));
     }
 
     #[test]

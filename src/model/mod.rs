@@ -6,8 +6,12 @@
 //! [`Operations`](crate::backend::Operations).
 
 mod device;
+mod journal;
 mod memory;
+mod not_finite;
+mod placement;
 mod probe;
+mod steady;
 mod transformer;
 
 use std::ops::ControlFlow;
@@ -20,14 +24,17 @@ pub use memory::{MemoryUse, plan_memory};
 
 use crate::backend::{Backend, DeviceInfo, Input, ReadSpeed};
 use crate::bench::{Observed, Observer};
-use crate::checkpoint::{Checkpoint, Files, ModelConfig};
+use crate::checkpoint::{Checkpoint, ModelConfig};
 use crate::cpu::Cpu;
 use crate::delta::{AttentionPolicy, CacheImage, Page, Phase, Thresholds};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gpu::GpuOptions;
 use crate::reference::Reference;
 use crate::sampler::SampleStep;
+use crate::session::Cancel;
 use crate::tokenizer::Tokenizer;
+use placement::Placement;
+use steady::Steady;
 pub(crate) use transformer::Transformer;
 
 /// How far a model has been loaded.
@@ -67,14 +74,24 @@ pub struct ModelOptions {
 }
 
 /// A model whose weights lie on a device. Cheap to clone; clones share the weights.
+///
+/// # Lost devices
+///
+/// A GPU may go away while it works: its driver is reset, it is unplugged, it runs out of memory, or
+/// it hangs for longer than [`GpuOptions::time_limit`]. The call that finds this opens the adapter
+/// again, loads the weights from the checkpoint's files, which stay open for that, and goes on; so
+/// does each session with its own text, see [`Session`](crate::Session#lost-devices). A warning is
+/// logged. Where the adapter does not come back, or is lost for a third time within one call, that
+/// call fails with [`Error::DeviceNotRestored`](crate::Error::DeviceNotRestored), and the next one
+/// tries again; where no device was asked for by name, [`DeviceChoice::Auto`], the CPU takes over
+/// instead, and [`Model::device`] and [`Model::fallback`] say so from then on.
+///
+/// A device that is lost while the model is opened is an error at once, and one that is lost while it
+/// is measured, in [`Bench`](crate::bench::Bench), too.
 #[derive(Clone)]
 pub struct Model {
-    engine: Arc<dyn Engine>,
-    config: Arc<ModelConfig>,
+    placement: Arc<Placement>,
     tokenizer: Arc<Tokenizer>,
-    /// The checkpoint's, for what is read on demand.
-    #[cfg_attr(not(feature = "chat"), expect(dead_code, reason = "templates alone are"))]
-    files: Files,
     fallback: Option<Arc<str>>,
     load_time: Duration,
 }
@@ -89,7 +106,7 @@ impl Model {
     }
 
     /// [`Model::open`], telling `progress` after each tensor how far it is; `Break` makes it stop
-    /// with [`Error::Cancelled`].
+    /// with [`Error::Cancelled`](crate::Error::Cancelled).
     pub fn open_with_progress(
         dir: impl AsRef<Path>,
         options: &ModelOptions,
@@ -133,16 +150,18 @@ impl Model {
                 let name = gpu.device().name.clone();
                 match load(gpu, &checkpoint, weights, observer, &mut progress) {
                     // A GPU that was not asked for by name, and that cannot hold the model or
-                    // computes nonsense, is no reason to give up.
-                    Err(
-                        error @ (Error::DeviceMemory { .. }
-                        | Error::DeviceLimit { .. }
-                        | Error::WrongResults { .. }),
-                    ) if options.device == DeviceChoice::Auto => {
+                    // computes nonsense, is no reason to give up. Some drivers lose a device that has
+                    // no memory left.
+                    Err(error)
+                        if options.device == DeviceChoice::Auto
+                            && (error.is_lost_device()
+                                || error.is_too_small_a_device()
+                                || error.is_wrong_device()) =>
+                    {
                         log::warn!("{name}: {error}");
-                        fallback = Some(match error {
-                            Error::WrongResults { .. } => format!("the GPU is wrong ({error})"),
-                            _ => format!("the model does not fit on the GPU ({error})"),
+                        fallback = Some(match error.is_wrong_device() {
+                            true => format!("the GPU is wrong ({error})"),
+                            false => format!("the model does not fit on the GPU ({error})"),
                         });
                         let cpu = Cpu::new(options.threads)?;
                         load(cpu, &checkpoint, weights, observer, &mut progress)?
@@ -151,11 +170,10 @@ impl Model {
                 }
             }
         };
+        let placement = Placement::new(checkpoint, options, engine, observer.is_some());
         Ok(Self {
-            engine,
-            config: Arc::new(checkpoint.config),
+            placement: Arc::new(placement),
             tokenizer: Arc::new(tokenizer),
-            files: checkpoint.files,
             fallback: fallback.map(Into::into),
             load_time: start.elapsed(),
         })
@@ -163,7 +181,7 @@ impl Model {
 
     /// What the checkpoint's configuration says.
     pub fn config(&self) -> &ModelConfig {
-        &self.config
+        &self.placement.checkpoint.config
     }
 
     /// The tokenizer.
@@ -173,12 +191,12 @@ impl Model {
 
     /// The device that the weights lie on.
     pub fn device(&self) -> &DeviceInfo {
-        self.engine.device()
+        self.placement.device()
     }
 
     /// Why the model runs on the CPU although no device was asked for by name.
     pub fn fallback(&self) -> Option<&str> {
-        self.fallback.as_deref()
+        self.fallback.as_deref().or_else(|| self.placement.moved())
     }
 
     /// Time that [`Model::open`] took.
@@ -188,7 +206,13 @@ impl Model {
 
     /// Bytes of the weights on the device.
     pub fn weight_bytes(&self) -> u64 {
-        self.engine.weight_bytes()
+        self.engine().weight_bytes()
+    }
+
+    /// Bytes held on the model's device, its weights and all of its sessions: what is left when those
+    /// are gone is as it was before them. `None` where nobody counts, as on the CPU.
+    pub fn device_bytes(&self) -> Option<u64> {
+        self.engine().device_bytes()
     }
 
     /// The device that a model with these options would lie on, which is opened and closed again.
@@ -204,19 +228,28 @@ impl Model {
     }
 
     #[cfg(feature = "chat")]
-    pub(crate) fn files(&self) -> &Files {
-        &self.files
+    pub(crate) fn files(&self) -> &crate::checkpoint::Files {
+        &self.placement.checkpoint.files
     }
 
-    pub(crate) fn engine(&self) -> &Arc<dyn Engine> {
-        &self.engine
+    /// Of the device that the model is on now.
+    pub(crate) fn engine(&self) -> Arc<dyn Engine> {
+        self.placement.current().1
+    }
+
+    /// Makes the caches and activations of a session.
+    pub(crate) fn start(&self, shape: SessionShape) -> Result<Box<dyn Decoder>> {
+        if self.placement.recovers {
+            return Ok(Box::new(Steady::start(&self.placement, shape)?));
+        }
+        self.engine().start(shape)
     }
 }
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Model")
-            .field("config", &self.config)
+            .field("config", self.config())
             .field("device", self.device())
             .finish_non_exhaustive()
     }
@@ -286,12 +319,20 @@ impl SessionShape {
 pub(crate) trait Engine: Send + Sync {
     fn device(&self) -> &DeviceInfo;
     fn weight_bytes(&self) -> u64;
+    fn device_bytes(&self) -> Option<u64>;
     fn max_top_k(&self) -> usize;
     fn look_ahead(&self) -> usize;
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed>;
+    /// See [`Backend::can_be_lost`].
+    fn can_be_lost(&self) -> bool;
+    /// See [`Backend::give_up`].
+    fn give_up(&self);
     /// Makes the caches and activations of a session.
     fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>>;
 }
+
+/// What [`Decoder::probe`] gives a layer's queries, keys and values to.
+pub(crate) type Probe<'a> = &'a mut dyn FnMut(usize, &[f32]) -> Result<()>;
 
 /// A session's run of a [`Transformer`] on some backend.
 pub(crate) trait Decoder: Send {
@@ -304,22 +345,26 @@ pub(crate) trait Decoder: Send {
     /// Whether the original keys that the next token of a phase sees are all still there: those of
     /// a compressed cache are overwritten in time, and a text cut far back has to be run again.
     fn can_continue(&self, phase: Phase) -> bool;
-    /// Appends tokens: at least one, at most a chunk, all in the vocabulary, within the context.
+    /// Takes original keys before a position as overwritten, as they were in another cache of the
+    /// same text.
+    fn forget_originals(&mut self, from: usize);
+    /// Appends tokens: at least one, at most a chunk, all in the vocabulary, within the context. Where
+    /// they are given, the steps since the last given ones must have had their tokens read, or have
+    /// been cut off.
     fn forward(&mut self, input: Input<'_>, phase: Phase, output: Output<'_>) -> Result<()>;
     /// The same without any output; `probe` gets each layer's index and its queries, keys and
-    /// values, `[T, (H + 2 G) D]`, of which the queries are rotated.
-    fn probe(
-        &mut self,
-        tokens: &[u32],
-        phase: Phase,
-        probe: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
-    ) -> Result<()>;
+    /// values, `[T, (H + 2 G) D]`, of which the queries are rotated. Where a device was lost on the
+    /// way it gets them again, from the first layer on.
+    fn probe(&mut self, tokens: &[u32], phase: Phase, probe: Probe<'_>) -> Result<()>;
+    /// Runs a text from its beginning, and says in words where it first holds NaN or infinity; nothing
+    /// where it does not. The cache is empty then.
+    fn find_not_finite(&mut self, tokens: &[u32], cancel: &Cancel) -> Result<Option<String>>;
     /// The compressed pages of each layer, `[layers][G][pages]`.
     fn pages(&mut self) -> Result<Vec<Vec<Vec<Page>>>>;
     /// All that is in the cache of a layer.
     fn save(&mut self, layer: usize) -> Result<CacheImage>;
     /// Puts into an empty cache what [`Decoder::save`] has read of each layer.
-    fn restore(&mut self, images: &[CacheImage]) -> Result<()>;
+    fn restore(&mut self, images: &Arc<[CacheImage]>) -> Result<()>;
     /// Waits until the device has done all steps.
     fn wait(&mut self) -> Result<()>;
     /// Waits for the token of the first [`Output::Sample`] that was not read.
@@ -328,4 +373,6 @@ pub(crate) trait Decoder: Send {
     fn logits(&mut self) -> Result<Vec<f32>>;
     /// Bytes held on the device.
     fn memory(&self) -> MemoryUse;
+    /// What stops it while it takes up a text on another device.
+    fn cancel_with(&mut self, _cancel: &Cancel) {}
 }

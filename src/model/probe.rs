@@ -22,8 +22,9 @@ impl Model {
         cancel: &Cancel,
         mut progress: impl FnMut(usize),
     ) -> Result<Vec<LayerTrace>> {
-        let (shape, vocabulary) = (self.config.attention, self.config.vocabulary);
-        let limit = self.config.context;
+        let config = self.config();
+        let (shape, vocabulary) = (config.attention, config.vocabulary);
+        let limit = config.context;
         check_fits(ids.len(), limit, limit)?;
         if ids.is_empty() {
             return Err(Error::EmptyPrompt);
@@ -32,14 +33,18 @@ impl Model {
             return Err(Error::TokenOutOfRange { token, vocabulary });
         }
         let policy = AttentionPolicy::plain(CacheFormat::F32);
-        let mut decoder = self.engine.clone().start(SessionShape::new(ids.len(), policy))?;
-        let mut queries = vec![Vec::new(); self.config.layers];
+        let mut decoder = self.start(SessionShape::new(ids.len(), policy))?;
+        decoder.cancel_with(cancel);
+        let mut queries = vec![Vec::new(); config.layers];
         let phase = Phase::Prefill { length: ids.len() };
         for chunk in ids.chunks(PREFILL_CHUNK) {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
+            let before = decoder.length() * shape.width();
             decoder.probe(chunk, phase, &mut |layer, qkv| {
+                // The layer may have come before, on a device that was lost.
+                queries[layer].truncate(before);
                 for row in qkv.chunks_exact(shape.qkv_width()) {
                     queries[layer].extend_from_slice(&row[..shape.width()]);
                 }

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::{Decoder, LoadProgress, MemoryUse, Output, SessionShape, WeightFormat};
+use super::{Decoder, LoadProgress, MemoryUse, Output, Probe, SessionShape, WeightFormat};
 use crate::backend::{
     Backend, CacheShape, DeviceInfo, DeviceKind, Footprint, Input, KeyValueCache, MatrixFormat,
     ModelPlan, Operations, ReadSpeed, Step, StreamShape, TensorFormat,
@@ -11,6 +11,7 @@ use crate::backend::{
 use crate::checkpoint::{Checkpoint, MatrixSource, ModelConfig, Tensors};
 use crate::delta::{CacheImage, Originals, Page, Phase};
 use crate::error::{Error, Result};
+use crate::session::Cancel;
 
 /// A decoder-only transformer whose weights lie on a device.
 ///
@@ -66,21 +67,27 @@ pub(crate) struct Run<B: Backend> {
     shape: SessionShape,
 }
 
-/// What [`Decoder::probe`] gives a layer's queries, keys and values to.
-type Probe<'a> = &'a mut dyn FnMut(usize, &[f32]) -> Result<()>;
+/// Where in a layer the forward pass can be looked at, with the layer's index.
+#[derive(Clone, Copy)]
+pub(super) enum Site {
+    /// Behind its attention.
+    Attention(usize),
+    /// At its end.
+    Layer(usize),
+}
 
 /// The intermediate results of a step over `T` tokens, overwritten layer by layer.
-struct Activations<B: Backend> {
+pub(super) struct Activations<B: Backend> {
     /// The residual stream, `[T, hidden]`.
-    hidden: B::Tensor,
+    pub hidden: B::Tensor,
     /// Input of a projection after its norm, `[T, hidden]`; 8 bits for BitNet.
     normed: B::Tensor,
     /// `[T, (H + 2 G) D]`.
-    qkv: B::Tensor,
+    pub qkv: B::Tensor,
     /// `[T, H D]`.
-    attended: B::Tensor,
+    pub attended: B::Tensor,
     /// `[T, 2 I]`.
-    gate_up: B::Tensor,
+    pub gate_up: B::Tensor,
     /// `[T, I]`; 8 bits for BitNet.
     gated: B::Tensor,
     /// The residual stream after the last norm, where logits are wanted, `[R, hidden]`.
@@ -92,6 +99,8 @@ struct Activations<B: Backend> {
 impl<B: Backend> Transformer<B> {
     /// The forward pass over `tokens`, which continue what is in the caches.
     ///
+    /// `look` sees the results behind the attention and at the end of each layer.
+    ///
     /// Everything is recorded, nothing waited for. Logits are made of the last token for
     /// [`Output::Sample`] and [`Output::LastLogits`], of every token for [`Output::AllLogits`].
     fn forward(
@@ -100,7 +109,7 @@ impl<B: Backend> Transformer<B> {
         input: Input<'_>,
         phase: Phase,
         output: Output<'_>,
-        mut probe: Option<Probe<'_>>,
+        mut look: impl FnMut(Site, &mut B::Stream, &Activations<B>) -> Result<()>,
     ) -> Result<()> {
         let Run { stream, activations: a, caches, rope, length, .. } = run;
         let t = input.count();
@@ -114,9 +123,7 @@ impl<B: Backend> Transformer<B> {
             stream.rope_append(&mut a.qkv, rope, cache)?;
             stream.encode_keys(cache)?;
             stream.attention(&a.qkv, cache, &mut a.attended)?;
-            if let Some(probe) = &mut probe {
-                probe(index, &stream.read(&a.qkv)?)?;
-            }
+            look(Site::Attention(index), stream, a)?;
             if let Some(sub_norm) = &layer.attn_sub_norm {
                 stream.norm(&a.attended, 0..t, sub_norm, &mut a.normed)?;
                 stream.linear_add(&a.normed, &layer.output, &mut a.hidden)?;
@@ -130,6 +137,7 @@ impl<B: Backend> Transformer<B> {
             let sub_norm = layer.ffn_sub_norm.as_ref();
             stream.gate(&a.gate_up, self.config.activation, sub_norm, &mut a.gated)?;
             stream.linear_add(&a.gated, &layer.down, &mut a.hidden)?;
+            look(Site::Layer(index), stream, a)?;
         }
         let wanted = match output {
             Output::Nothing => t..t,
@@ -241,6 +249,10 @@ impl<B: Backend> super::Engine for Transformer<B> {
         Transformer::weight_bytes(self)
     }
 
+    fn device_bytes(&self) -> Option<u64> {
+        self.backend.held()
+    }
+
     fn max_top_k(&self) -> usize {
         self.backend.max_top_k()
     }
@@ -251,6 +263,14 @@ impl<B: Backend> super::Engine for Transformer<B> {
 
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {
         self.backend.read_speed(bytes)
+    }
+
+    fn can_be_lost(&self) -> bool {
+        self.backend.can_be_lost()
+    }
+
+    fn give_up(&self) {
+        self.backend.give_up();
     }
 
     fn start(self: Arc<Self>, shape: SessionShape) -> Result<Box<dyn Decoder>> {
@@ -305,6 +325,11 @@ impl<B: Backend> super::Engine for Transformer<B> {
 }
 
 impl<B: Backend> Run<B> {
+    /// Tokens of the largest step.
+    pub(super) fn chunk(&self) -> usize {
+        self.shape.chunk
+    }
+
     /// Cuts the caches back, if that is still to be done.
     fn settle(&mut self) -> Result<()> {
         if self.cut {
@@ -318,18 +343,18 @@ impl<B: Backend> Run<B> {
 
     /// Appends tokens. Where that fails, some layers may have them and others not: then all are cut
     /// back before anything else is done.
-    fn step(
+    pub(super) fn step(
         &mut self,
         input: Input<'_>,
         phase: Phase,
         output: Output<'_>,
-        probe: Option<Probe<'_>>,
+        look: impl FnMut(Site, &mut B::Stream, &Activations<B>) -> Result<()>,
     ) -> Result<()> {
         debug_assert!((1..=self.shape.chunk).contains(&input.count()));
         debug_assert!(self.originals.cover(&self.shape.policy.rule(phase), self.length));
         self.settle()?;
         let model = self.model.clone();
-        let done = model.forward(self, input, phase, output, probe);
+        let done = model.forward(self, input, phase, output, look);
         self.originals.write_until(self.length + input.count());
         match done {
             Ok(()) => self.length += input.count(),
@@ -358,17 +383,27 @@ impl<B: Backend> Decoder for Run<B> {
     }
 
     fn can_continue(&self, phase: Phase) -> bool {
-        // Decoding follows every prompt.
-        let covers = |phase| self.originals.cover(&self.shape.policy.rule(phase), self.length);
-        covers(phase) && covers(Phase::Decode)
+        self.originals.can_continue(&self.shape.policy, phase, self.length)
+    }
+
+    fn forget_originals(&mut self, from: usize) {
+        self.originals.forget(from);
     }
 
     fn forward(&mut self, input: Input<'_>, phase: Phase, output: Output<'_>) -> Result<()> {
-        self.step(input, phase, output, None)
+        self.step(input, phase, output, |_, _, _| Ok(()))
     }
 
     fn probe(&mut self, tokens: &[u32], phase: Phase, probe: Probe<'_>) -> Result<()> {
-        self.step(Input::Tokens(tokens), phase, Output::Nothing, Some(probe))
+        let input = Input::Tokens(tokens);
+        self.step(input, phase, Output::Nothing, |site, stream, activations| match site {
+            Site::Attention(layer) => probe(layer, &stream.read(&activations.qkv)?),
+            Site::Layer(_) => Ok(()),
+        })
+    }
+
+    fn find_not_finite(&mut self, tokens: &[u32], cancel: &Cancel) -> Result<Option<String>> {
+        self.find(tokens, cancel)
     }
 
     fn pages(&mut self) -> Result<Vec<Vec<Vec<Page>>>> {
@@ -381,10 +416,10 @@ impl<B: Backend> Decoder for Run<B> {
         self.stream.save(&self.caches[layer], self.originals.from())
     }
 
-    fn restore(&mut self, images: &[CacheImage]) -> Result<()> {
+    fn restore(&mut self, images: &Arc<[CacheImage]>) -> Result<()> {
         debug_assert!(self.length == 0 && images.len() == self.caches.len());
         self.settle()?;
-        for (cache, image) in self.caches.iter_mut().zip(images) {
+        for (cache, image) in self.caches.iter_mut().zip(images.iter()) {
             self.stream.restore(cache, image)?;
             self.length = image.length;
             self.originals.restart(image.exact_from);
@@ -558,7 +593,9 @@ mod tests {
     /// What is not announced is found by a user who waits for it.
     #[test]
     fn a_session_needs_no_kernel_that_was_not_announced() {
-        let options = GpuOptions { select: Select::Named(String::new()), ..GpuOptions::default() };
+        // A self-test asks for more than a session: also what gives all logits.
+        let select = Select::Named(String::new());
+        let options = GpuOptions { select, self_test: false, ..GpuOptions::default() };
         let (stored, q4) = (WeightFormat::Stored, WeightFormat::Q4);
         let models = [("bitnet-64", stored), ("llama-64", stored), ("llama-80", stored)];
         for (model, weights) in models.into_iter().chain([("llama-80", q4), ("bitnet-80", q4)]) {

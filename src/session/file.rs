@@ -19,21 +19,20 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use memmap2::Mmap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
 use super::{Session, SessionOptions, check_context};
-use crate::checkpoint::ModelConfig;
+use crate::checkpoint::{ModelConfig, read_header};
 use crate::delta::{AttentionPolicy, CacheImage, Page, PageLayout, Thresholds};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened};
 use crate::model::{Model, SessionShape};
 
 const FORMAT: &str = "deltallm session";
 const VERSION: &str = "1";
-/// No session of a model that this crate runs has a header near this.
-const MAX_HEADER: u64 = 16 << 20;
 
 impl Session {
     /// Writes the session to a file: the text, its keys and values, and how they are kept. The
@@ -144,7 +143,7 @@ impl Session {
         }
         let images = (0..layers)
             .map(|layer| saved.image(layer, &state, config))
-            .collect::<Result<Vec<_>>>()?;
+            .collect::<Result<Arc<[_]>>>()?;
         saved.check_sum(layers, parts)?;
 
         let options = SessionOptions { context: Some(context), attention: policy, thresholds };
@@ -274,12 +273,7 @@ fn open(path: &Path) -> Result<Mmap> {
     // SAFETY: the map is only read, and gone when the session is loaded. If another process
     // truncates the file meanwhile, reading it raises SIGBUS, as with a checkpoint; sessions that
     // this crate writes are replaced, not truncated.
-    let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-    let header = map.iter().take(8).rev().fold(0u64, |sum, &byte| sum << 8 | u64::from(byte));
-    if header > MAX_HEADER {
-        return Err(malformed(format!("is not a session: its header has {header} bytes")));
-    }
-    Ok(map)
+    unsafe { Mmap::map(&file) }.map_err(Error::io(path))
 }
 
 /// What the parts of a layer are sized by.
@@ -298,23 +292,21 @@ struct Saved<'a> {
 
 impl<'a> Saved<'a> {
     fn read(path: &'a Path, bytes: &'a [u8]) -> Result<Self> {
-        let malformed = |error: SafeTensorError| Error::Malformed {
-            path: path.to_owned(),
-            message: format!("is not a whole safetensors file: {error}"),
-        };
-        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(malformed)?;
+        let malformed = |message| Error::Malformed { path: path.to_owned(), message };
+        let (_, metadata) = read_header(bytes).map_err(malformed)?;
         let fields = metadata.metadata().clone().unwrap_or_default();
-        let tensors = SafeTensors::deserialize(bytes).map_err(malformed)?;
+        let tensors = SafeTensors::deserialize(bytes);
+        let tensors = tensors.map_err(|error| malformed(shortened(error.to_string())))?;
         Ok(Self { path, fields, tensors })
     }
 
     fn malformed(&self, message: String) -> Error {
-        Error::Malformed { path: self.path.to_owned(), message }
+        Error::Malformed { path: self.path.to_owned(), message: shortened(message) }
     }
 
     fn wrong(&self, field: &str, message: impl ToString) -> Error {
         let (path, field) = (self.path.to_owned(), field.to_owned());
-        Error::Config { path, field, message: message.to_string() }
+        Error::Config { path, field, message: shortened(message.to_string()) }
     }
 
     fn wrong_tensor(&self, tensor: &str, message: String) -> Error {

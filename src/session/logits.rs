@@ -32,6 +32,8 @@ pub struct LogitsRun {
     ids: Arc<[u32]>,
     prompt: usize,
     from: usize,
+    /// Whether the last step has left logits that were not read, because that has failed.
+    unread: bool,
 }
 
 impl LogitsRun {
@@ -65,15 +67,19 @@ impl LogitsRun {
         session.cancel_with(cancel.clone());
         let prompt = options.prompt.unwrap_or(ids.len()).clamp(1, context);
         session.append(ids.get(..prompt).unwrap_or_default())?;
-        Ok(Self { session, ids, prompt, from: options.from })
+        Ok(Self { session, ids, prompt, from: options.from, unread: false })
     }
 
-    /// The logits after the next tokens, `[tokens, vocabulary]`; `None` after the last one.
+    /// The logits after the next tokens, `[tokens, vocabulary]`; `None` after the last one. After a
+    /// fault the next call goes on at the same tokens.
     ///
     /// # Errors
     /// [`Error::Cancelled`], logits that are not finite, a fault of the device.
     pub fn next_rows(&mut self) -> Result<Option<Vec<f32>>> {
         loop {
+            if self.unread {
+                return self.rows().map(Some);
+            }
             let session = &mut self.session;
             let start = session.decoder.length();
             if start == self.ids.len() {
@@ -83,7 +89,7 @@ impl LogitsRun {
                 return Err(Error::Cancelled);
             }
             let in_prompt = start < self.prompt;
-            if !in_prompt {
+            if !in_prompt && session.tokens.len() == start {
                 session.tokens.push(self.ids[start]);
             }
             let (part, wanted) = (if in_prompt { self.prompt } else { start + 1 }, self.from);
@@ -98,9 +104,16 @@ impl LogitsRun {
                 // One step at a time is on its way: work that is queued cannot be cancelled.
                 session.decoder.wait()?;
             } else {
-                return Ok(Some(finite(session.decoder.logits()?)?));
+                self.unread = true;
             }
         }
+    }
+
+    /// Reads the logits of the last step.
+    fn rows(&mut self) -> Result<Vec<f32>> {
+        let rows = self.session.decoder.logits()?;
+        self.unread = false;
+        finite(rows).map_err(|error| self.session.blamed(error))
     }
 
     /// What the compressed keys are by now.

@@ -132,6 +132,22 @@ impl Timings {
 ///
 /// A session continues over turns: each [`Session::generate`] appends to what is there.
 /// [`Session::truncate`] cuts it back to a prefix, whose keys and values stay valid.
+///
+/// # Lost devices
+///
+/// Where the model had to be brought to another device, see [`Model`](Model#lost-devices), the next
+/// call of the session takes its text up there, in the middle of a sentence if need be, and the text
+/// goes on as if nothing had happened: token for token on the same adapter, sampling included.
+///
+/// For that the session remembers by which steps its cache was made, and takes the same ones again:
+/// prompts of all turns in the chunks that they ran in, and what was decoded token by token. Run as
+/// one prompt it would be there sooner, but a compressed cache would be another one, and a dense one
+/// would be rounded differently. So a text that took a minute to write takes about a minute to be
+/// restored; its [`Cancel`] stops that as well. A session that was [loaded](Session::load) keeps what
+/// it read from its file in host memory, as many bytes as its cache had. Only a text on a GPU
+/// remembers anything: the CPU is not lost.
+///
+/// After an error the session is as it was before the call, and can go on when the device can.
 pub struct Session {
     model: Model,
     decoder: Box<dyn Decoder>,
@@ -169,8 +185,9 @@ impl Session {
             let config = model.config();
             thresholds.check(&shape.policy, config.layers, config.attention.kv_heads)?;
         }
-        let decoder = model.engine().clone().start(shape.clone())?;
+        let mut decoder = model.start(shape.clone())?;
         let (model, cancel) = (model.clone(), Cancel::default());
+        decoder.cancel_with(&cancel);
         Ok(Self { model, decoder, shape, tokens: Vec::new(), prompt: 0, ahead: 0, cancel })
     }
 
@@ -239,6 +256,7 @@ impl Session {
 
     /// Lets an existing handle stop this session.
     pub fn cancel_with(&mut self, cancel: Cancel) {
+        self.decoder.cancel_with(&cancel);
         self.cancel = cancel;
     }
 
@@ -318,10 +336,11 @@ impl Session {
         let (pending, phase) = (&self.tokens[self.decoder.length()..], self.phase());
         let run = self.decoder.forward(Input::Tokens(pending), phase, Output::LastLogits);
         let logits = run.and_then(|()| self.decoder.logits()).and_then(finite);
-        if logits.is_err() {
+        logits.map_err(|error| {
+            let error = self.blamed(error);
             self.take_back(before);
-        }
-        logits
+            error
+        })
     }
 
     /// Appends tokens to the text after checking them; on an error nothing has changed.
@@ -357,6 +376,21 @@ impl Session {
     fn settle(&mut self) {
         if std::mem::take(&mut self.ahead) > 0 {
             self.decoder.truncate(self.tokens.len() - 1);
+        }
+    }
+
+    /// Names the layer in which a text first was not finite. For that it runs once more from its
+    /// beginning: nothing good can come of it any more, and the user wants to know what is broken.
+    fn blamed(&mut self, error: Error) -> Error {
+        let Error::NotFinite { .. } = error else {
+            return error;
+        };
+        self.settle();
+        let length = self.tokens.len().min(self.shape.context);
+        match self.decoder.find_not_finite(&self.tokens[..length], &self.cancel) {
+            Ok(Some(what)) => Error::NotFinite { what },
+            Ok(None) => Error::NotFinite { what: "the logits, though not when run again".into() },
+            Err(_) => error,
         }
     }
 
@@ -511,7 +545,14 @@ impl Generation<'_> {
             self.finish = Some(FinishReason::Cancelled);
             return self.last_piece();
         }
-        let token = self.next_token()?;
+        let token = match self.next_token() {
+            // A text can be stopped while it is taken up on another device.
+            Err(Error::Cancelled) => {
+                self.finish = Some(FinishReason::Cancelled);
+                return self.last_piece();
+            }
+            token => token.map_err(|error| self.session.blamed(error))?,
+        };
         self.tick();
         self.seen.insert(token);
         self.session.tokens.push(token);

@@ -1,5 +1,7 @@
 //! Places in a text that a session goes back to time and again, for what is measured repeatedly.
 
+use std::sync::Arc;
+
 use super::Session;
 use crate::backend::Input;
 use crate::delta::{CacheImage, Phase};
@@ -10,7 +12,7 @@ use crate::model::Output;
 pub(crate) struct Place {
     length: usize,
     /// Of each layer; none where keys are plain, which are still there when a text is cut back.
-    images: Vec<CacheImage>,
+    images: Arc<[CacheImage]>,
 }
 
 impl Session {
@@ -46,7 +48,7 @@ impl Session {
                 images.push(self.decoder.save(layer)?);
             }
         }
-        Ok(Place { length, images })
+        Ok(Place { length, images: images.into() })
     }
 
     /// Goes back to a place from which `next` tokens of a prompt follow, or decoding where there are

@@ -1,4 +1,5 @@
 //! What the GPU tests share.
+#![allow(dead_code, reason = "each test takes what it needs")]
 
 use deltallm::gpu::{Gpu, GpuOptions, Select};
 

@@ -87,11 +87,12 @@ pub fn run(args: &Args) -> Outcome {
     let plan = plan_memory(config, stored, args.device.weights.into(), context, &policy);
     writeln!(out, "memory         {} for {context} tokens", bytes(plan.total()))?;
     writeln!(out, "  weights      {}", bytes(plan.weights))?;
-    let per_token = (plan.keys + plan.values) / context.max(1) as u64;
+    let cache = plan.keys.saturating_add(plan.values);
+    let per_token = cache / context.max(1) as u64;
     writeln!(
         out,
         "  cache        {}, {} a token: keys {}{}, values {}",
-        bytes(plan.keys + plan.values),
+        bytes(cache),
         bytes(per_token),
         // How many differences will be kept is not known before.
         if matches!(policy.keys, KeyFormat::Delta(_)) { "at most " } else { "" },

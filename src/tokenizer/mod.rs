@@ -1,10 +1,12 @@
 //! Text to token ids and back, by Hugging Face's `tokenizers`.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+mod outline;
+
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{Checkpoint, Files, Object};
-use crate::error::{Error, Result};
+use crate::contained::contained;
+use crate::error::{Error, Result, shortened};
 
 /// Llama 3's file has 17 MB; fifteen times that is no tokenizer.
 const MAX_BYTES: u64 = 256 << 20;
@@ -36,6 +38,11 @@ impl Tokenizer {
     pub fn open(checkpoint: &Checkpoint) -> Result<Self> {
         let path = checkpoint.files.path("tokenizer.json");
         let text = checkpoint.files.read("tokenizer.json", MAX_BYTES)?;
+        let malformed = |message| {
+            let (path, message) = (path.clone(), shortened(message));
+            Error::Malformed { path, message }
+        };
+        outline::check(&text).map_err(malformed)?;
         let mut inner = guarded(&path, || tokenizers::Tokenizer::from_bytes(&text))?;
         // A prompt is never shortened or filled up behind the caller's back.
         inner.with_padding(None);
@@ -46,17 +53,22 @@ impl Tokenizer {
         if let Some((token, id)) = highest
             && id as usize >= vocabulary
         {
-            let message = format!(
-                "has token {token:?} with id {id}, but the model's embedding has only \
-                 {vocabulary} rows"
-            );
-            return Err(Error::Malformed { path, message });
+            return Err(malformed(format!(
+                "has token id {id}, but the model's embedding has only {vocabulary} rows: {token:?}"
+            )));
         }
         let beginning = beginning(&checkpoint.files, &inner)?;
         let tokenizer = Self { path, inner, beginning };
-        // A template that names what is not there shows at the first use only.
+        // A template that names what is not there shows at the first use only, and so does a decoder
+        // that cuts more than there is.
         for text in ["", "a"] {
-            tokenizer.encode(text)?;
+            let ids = tokenizer.encode(text)?;
+            if let Some(id) = ids.into_iter().find(|&id| id as usize >= vocabulary) {
+                let path = tokenizer.path;
+                let message = format!("makes token {id} of a text, beyond {vocabulary}");
+                return Err(Error::Malformed { path, message });
+            }
+            tokenizer.decode(&tokenizer.encode(text)?)?;
         }
         Ok(tokenizer)
     }
@@ -115,10 +127,13 @@ impl Tokenizer {
 /// Calls the tokenizer library, which panics on some files that it should refuse: such a panic is an
 /// error of the file.
 fn guarded<T>(path: &Path, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
-    let malformed = |message: String| Error::Malformed { path: path.to_owned(), message };
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(result) => result.map_err(|error| malformed(format!("is not usable: {error}"))),
-        Err(_) => Err(malformed("is inconsistent: the tokenizer library panicked on it".into())),
+    let malformed = |message: String| {
+        let (path, message) = (path.to_owned(), shortened(message));
+        Error::Malformed { path, message }
+    };
+    match contained(call) {
+        Some(result) => result.map_err(|error| malformed(format!("is not usable: {error}"))),
+        None => Err(malformed("is inconsistent: the tokenizer library panicked on it".into())),
     }
 }
 
