@@ -16,7 +16,10 @@ use std::time::Duration;
 use crate::checkpoint::MatrixSource;
 use crate::delta::{AttentionPolicy, CacheImage, Page, Phase};
 use crate::error::Result;
-pub use crate::formats::{Activation, AttentionShape, CacheFormat, MatrixFormat, Q8_BLOCK};
+pub use crate::formats::{
+    ACTIVATION_STEP, Activation, AttentionShape, CacheFormat, FIXED_COLS, MatrixFormat, Q8_BLOCK,
+    WEIGHT_STEP,
+};
 use crate::sampler::SampleStep;
 
 /// The number format of an activation tensor.
@@ -279,6 +282,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// returns.
     fn look_ahead(&self) -> usize;
 
+    /// Whether [`Operations::linear`] multiplies weights of 8 or 4 bits in fixed point: activations
+    /// are rounded to steps of [`ACTIVATION_STEP`] of the largest magnitude of each [`FIXED_COLS`]
+    /// columns of a row. Where several tokens pass by, weights may be rounded likewise, to steps of
+    /// [`WEIGHT_STEP`]: next to what 8 bits have cost them, a twentieth more.
+    fn fixed_point(&self) -> bool {
+        false
+    }
+
     /// Whether the device can go away while the program runs, so that what lies on it is gone.
     fn can_be_lost(&self) -> bool {
         false
@@ -324,7 +335,8 @@ pub trait Operations<B: Backend<Stream = Self>>: Send {
     /// `out = x W^T`, `[T, in] x [out, in] -> [T, out]`, out F32.
     ///
     /// `x` is Int8 for ternary weights, with exact `i32` sums:
-    /// `out = sum(i8 * trit) * (scale of the row * scale of the matrix)`. Else `x` is F32.
+    /// `out = sum(i8 * trit) * (scale of the row * scale of the matrix)`. Else `x` is F32; see
+    /// [`Backend::fixed_point`].
     fn linear(&mut self, x: &B::Tensor, weight: &B::Linear, out: &mut B::Tensor) -> Result<()>;
 
     /// `out += x W^T`: [`Operations::linear`] onto the residual stream.

@@ -60,6 +60,15 @@ pub enum MatrixFormat {
 /// Columns that share a scale in [`MatrixFormat::Q8`] and [`MatrixFormat::Q4`].
 pub const Q8_BLOCK: usize = 32;
 
+/// Columns that share a scale in [fixed point](crate::backend::Backend::fixed_point).
+pub const FIXED_COLS: usize = 512;
+
+/// The step between activations in fixed point, as a share of the largest that share a scale.
+pub const ACTIVATION_STEP: f32 = 1.0 / 32767.0;
+
+/// The same of weights.
+pub const WEIGHT_STEP: f32 = 1.0 / 2047.0;
+
 impl MatrixFormat {
     /// Bytes of `elements` of a row, scales not counted; of whole blocks for Q4. A row of ternary
     /// bytes stands for four rows.

@@ -350,19 +350,37 @@ impl MatrixSource {
         values: &mut Vec<u8>,
         scales: &mut Vec<f16>,
     ) {
-        assert!(range.end <= self.storage_rows(), "{}: rows {range:?}", self.name);
-        assert!(stride >= self.row_bytes(), "{}: stride {stride}", self.name);
         let (first, first_scale) = (values.len(), scales.len());
         values.resize(first + range.len() * stride, 0);
         scales.resize(first_scale + range.len() * scale_stride, f16::ZERO);
-        let rows = (range, stride, &mut values[first..]);
+        let (values, scales) = (&mut values[first..], &mut scales[first_scale..]);
+        self.encode_into(range, stride, scale_stride, values, scales);
+    }
+
+    /// The same in place: `values` of `stride` bytes for each row of `range`, and `scales` of
+    /// `scale_stride`; what is padding there is left as it is.
+    ///
+    /// # Panics
+    /// As [`MatrixSource::encode`], and if `values` or `scales` are of another length.
+    pub fn encode_into(
+        &self,
+        range: Range<usize>,
+        stride: usize,
+        scale_stride: usize,
+        values: &mut [u8],
+        scales: &mut [f16],
+    ) {
+        assert!(range.end <= self.storage_rows(), "{}: rows {range:?}", self.name);
+        assert!(stride >= self.row_bytes(), "{}: stride {stride}", self.name);
+        let lengths = (range.len() * stride, range.len() * scale_stride);
+        assert_eq!((values.len(), scales.len()), lengths, "{}: length", self.name);
+        let rows = (range, stride, values);
         match &self.storage {
             Storage::Packed { data, .. } => self.copy_rows(data, rows),
             Storage::Float { stored, data, target } if stored.matrix_format() == *target => {
                 self.copy_rows(data, rows);
             }
             Storage::Float { stored, data, target } if target.has_block_scales() => {
-                let scales = &mut scales[first_scale..];
                 let quantize = if *target == MatrixFormat::Q8 { quantize_q8 } else { quantize_q4 };
                 self.encode_blocks(*stored, data, rows, scale_stride, scales, quantize);
             }

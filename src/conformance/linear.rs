@@ -3,7 +3,9 @@
 use half::{bf16, f16};
 
 use super::{Check, FLUSHED, Inputs, U, compare, step};
-use crate::backend::{Backend, Input, Operations, Step, TensorFormat};
+use crate::backend::{
+    ACTIVATION_STEP, Backend, FIXED_COLS, Input, Operations, Step, TensorFormat, WEIGHT_STEP,
+};
 use crate::checkpoint::{FloatType, MatrixSource};
 use crate::delta::Phase;
 use crate::error::Result;
@@ -167,13 +169,44 @@ pub(super) fn linear_float<B: Backend>(backend: &B) -> Result<Vec<Check>> {
             checks.extend(float_of(backend, &mut inputs, format, (heights, width), &ROWS)?);
         }
     }
+    for format in FLOATS {
+        checks.extend(largest_sums(backend, format)?);
+    }
+    Ok(checks)
+}
+
+/// The largest sums there are, all of one sign: whoever adds integers of too few bits overflows here.
+fn largest_sums<B: Backend>(backend: &B, format: FloatFormat) -> Result<Vec<Check>> {
+    let (name, stored, target) = format;
+    let (height, width) = (6, 1056);
+    let one = match stored {
+        FloatType::F32 => 1f32.to_le_bytes().to_vec(),
+        FloatType::F16 => f16::ONE.to_le_bytes().to_vec(),
+        FloatType::BF16 => bf16::ONE.to_le_bytes().to_vec(),
+    };
+    let ones = one.repeat(height * width).into();
+    let stack = [target(MatrixSource::float("conformance", height, width, stored, ones))];
+    let weight = backend.linear(&stack)?;
+    let reference = Reference::new().linear(&stack)?;
+    let mut checks = Vec::new();
+    for rows in [1, 9] {
+        let x = vec![-1.0; rows * width];
+        let (shape, x) = ((rows, width, height), Activations::F32(&x));
+        let got = product(backend, &weight, shape, x, None)?;
+        let want = product(&Reference::new(), &reference, shape, x, None)?;
+        let case = format!("{name} [{height}] x {width}, {rows} rows of -1");
+        // The only rounding of one is that of the scale, which each format does alike.
+        let tolerance = |i: usize| 4.0 * width as f64 * U * f64::from(want[i]).abs();
+        checks.push(compare("linear_float", case, &got, &want, tolerance));
+    }
     Ok(checks)
 }
 
 /// A stack `(heights, width)` with steps of several `rows`, every second of which adds.
 ///
 /// A dot product of `n` terms is within `(n + 4) u sum |x| |w|`: Q8 may scale each term or each
-/// block, one or two roundings more, and the residual is one more.
+/// block, one or two roundings more, and the residual is one more. Where a backend
+/// multiplies in [fixed point](Backend::fixed_point), see [`rounding`].
 pub(super) fn float_of<B: Backend>(
     backend: &B,
     inputs: &mut Inputs,
@@ -187,6 +220,8 @@ pub(super) fn float_of<B: Backend>(
     let reference = Reference::new().linear(&stack)?;
     let height = reference.rows();
     let weights: Vec<Vec<f32>> = (0..height).map(|row| reference.row(row)).collect();
+    let levels = stack.iter().any(|part| part.format().has_block_scales());
+    let fixed = levels && backend.fixed_point();
     let mut checks = Vec::new();
     for (i, &rows) in rows.iter().enumerate() {
         let x = inputs.rows(rows, width);
@@ -201,13 +236,33 @@ pub(super) fn float_of<B: Backend>(
             let products = x.iter().zip(&weights[i % height]);
             let sum: f64 = products.map(|(&x, &w)| f64::from(x * w).abs()).sum();
             let residual = onto.map_or(0.0, |onto| f64::from(onto[i]).abs());
-            (width as f64 + 4.0) * (U * sum + FLUSHED) + 2.0 * U * residual
+            let rounding = match fixed {
+                true => rounding(x, &weights[i % height], rows > 1) + 4.0 * U * sum,
+                false => 0.0,
+            };
+            (width as f64 + 4.0) * (U * sum + FLUSHED) + 2.0 * U * residual + rounding
         };
         let add = if onto.is_some() { ", added" } else { "" };
         let case = format!("{} {heights:?} x {width}, {rows} rows{add}", format.0);
         checks.push(compare("linear_float", case, &got, &want, tolerance));
     }
     Ok(checks)
+}
+
+/// What rounding activations, and the weights where there are `several` tokens, to fixed point can
+/// change in a product: half a step for each, and a fiftieth of it for the roundings of scales and
+/// of their inverses; activations so small that the step is not a normal number become zero.
+fn rounding(x: &[f32], weights: &[f32], several: bool) -> f64 {
+    let largest = |v: &[f32]| v.iter().fold(0.0f64, |max, &v| max.max(f64::from(v).abs()));
+    let sum = |v: &[f32]| v.iter().map(|&v| f64::from(v).abs()).sum::<f64>();
+    let (step, weight_step) = (f64::from(ACTIVATION_STEP), f64::from(WEIGHT_STEP));
+    let parts = x.chunks(FIXED_COLS).zip(weights.chunks(FIXED_COLS));
+    let changes = parts.map(|(x, weights)| {
+        let of_x = (0.51 * step * largest(x)).max(largest(x).min(FLUSHED / step));
+        let of_weights = if several { 0.51 * weight_step * largest(weights) } else { 0.0 };
+        of_x * sum(weights) + of_weights * sum(x)
+    });
+    changes.sum()
 }
 
 pub(super) fn linear_ternary<B: Backend>(backend: &B) -> Result<Vec<Check>> {

@@ -1,4 +1,5 @@
-//! Float, 8-bit and 4-bit weights times float activations.
+//! Weights times float activations: float weights, and those of 8 and 4 bits where many tokens pass
+//! by them and [`super::linear_levels`] would not be faster.
 //!
 //! A few tokens are bound by memory: each weight is decoded where it is used, in registers. For
 //! more, a strip of rows is decoded once into a buffer that fits the second-level cache, and all
@@ -12,9 +13,6 @@ use super::tensor::{Aligned, Tensor};
 use super::weights::{BFloat16, Float16, Float32, Levels4, Levels8, Row, Weight};
 use super::{Machine, Matrix, Scratch};
 use crate::backend::MatrixFormat;
-
-/// Bytes of encoded weights in a strip where nothing is decoded ahead.
-const STRIP_BYTES: usize = 64 * 1024;
 
 /// Rows of a strip that is decoded.
 const DECODED_ROWS: usize = 32;
@@ -42,7 +40,7 @@ pub(super) fn linear(
     let rows: usize = pieces.iter().sum();
     let height = if tokens < DECODED_TOKENS {
         let row_bytes = parts.first().map_or(1, Matrix::row_bytes);
-        machine.strip_height(rows, row_bytes, tokens, STRIP_BYTES)
+        machine.strip_height(rows, row_bytes, tokens, super::STRIP_BYTES)
     } else {
         DECODED_ROWS
     };
@@ -176,13 +174,13 @@ fn few<'a, S: Simd, W: Weight + 'a, const T: usize>(
         for half in 0..2 {
             let block = 2 * pair + half;
             let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
-            add_block::<S, W, T>(simd, &raw[half], row.scale(block), x, half, &mut sums);
+            add_block::<S, W, T>(simd, &raw[half], x, half, &mut sums);
         }
     }
     if let [raw] = last {
         let block = whole.len() - 1;
         let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
-        add_block::<S, W, T>(simd, raw, row.scale(block), x, 0, &mut sums);
+        add_block::<S, W, T>(simd, raw, x, 0, &mut sums);
     }
     if !row.is_whole() {
         let rest: [_; T] = std::array::from_fn(|t| {
@@ -190,8 +188,7 @@ fn few<'a, S: Simd, W: Weight + 'a, const T: usize>(
             block[..x[t].1.len()].copy_from_slice(x[t].1);
             block
         });
-        let (raw, scale) = (row.rest(), row.scale(whole.len()));
-        add_block::<S, W, T>(simd, &raw, scale, rest.each_ref(), 1, &mut sums);
+        add_block::<S, W, T>(simd, &row.rest(), rest.each_ref(), 1, &mut sums);
     }
     for (t, sums) in sums.iter().enumerate() {
         emit(token + t, index, simd.sum4(*sums).iter().sum());
@@ -203,33 +200,16 @@ fn few<'a, S: Simd, W: Weight + 'a, const T: usize>(
 fn add_block<S: Simd, W: Weight, const T: usize>(
     simd: S,
     raw: &W::Raw,
-    scale: u16,
     x: [&[f32; BLOCK]; T],
     half: usize,
     sums: &mut [[S::Floats; 4]; T],
 ) {
     let vectors = BLOCK / S::LANES;
-    if W::SCALED {
-        // The scale once for the block, not for each of its vectors.
-        let mut products = [simd.splat(0.0); T];
-        for i in 0..vectors {
-            let w = W::Unscaled::load(simd, raw, 0, i);
-            for t in 0..T {
-                let x = simd.load(x[t], i);
-                products[t] = if i == 0 { simd.mul(w, x) } else { simd.fma(w, x, products[t]) };
-            }
-        }
-        let scale = simd.splat_f16(scale);
+    for i in 0..vectors {
+        let w = W::load(simd, raw, 0, i);
         for t in 0..T {
-            sums[t][half] = simd.fma(products[t], scale, sums[t][half]);
-        }
-    } else {
-        for i in 0..vectors {
-            let w = W::load(simd, raw, 0, i);
-            for t in 0..T {
-                let sum = &mut sums[t][(half * vectors + i) % 4];
-                *sum = simd.fma(w, simd.load(x[t], i), *sum);
-            }
+            let sum = &mut sums[t][(half * vectors + i) % 4];
+            *sum = simd.fma(w, simd.load(x[t], i), *sum);
         }
     }
 }

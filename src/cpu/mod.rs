@@ -19,8 +19,10 @@ mod attention_tiles;
 mod cache;
 mod embed;
 mod encode_keys;
+mod fixed;
 mod gate;
 mod linear_float;
+mod linear_levels;
 mod linear_ternary;
 mod norm;
 mod page_scores;
@@ -111,8 +113,8 @@ fn processor_name() -> String {
     from_linux().unwrap_or_else(|| std::env::consts::ARCH.to_owned())
 }
 
-/// Rows of a matrix that are encoded at once.
-const ENCODED_ROWS: usize = 4096;
+/// Bytes of encoded weights in a strip that several tokens pass by, so that it stays in the cache.
+const STRIP_BYTES: usize = 64 * 1024;
 
 /// Strips of a matrix for each thread, at least.
 const STRIPS: usize = 8;
@@ -187,16 +189,9 @@ impl Matrix {
         let values = source.borrow().unwrap_or_else(|| {
             let (stride, scale_stride) = (source.row_bytes(), source.row_scales());
             let rows = source.storage_rows();
-            scales.reserve_exact(rows * scale_stride);
-            Bytes::filled(rows * stride, |bytes| {
-                let mut part = Vec::new();
-                for (index, bytes) in bytes.chunks_mut(ENCODED_ROWS * stride.max(1)).enumerate() {
-                    let first = index * ENCODED_ROWS;
-                    let range = first..rows.min(first + ENCODED_ROWS);
-                    part.clear();
-                    source.encode(range, stride, scale_stride, &mut part, &mut scales);
-                    bytes.copy_from_slice(&part);
-                }
+            scales.resize(rows * scale_stride, f16::ZERO);
+            Bytes::filled(rows * stride, |values| {
+                source.encode_into(0..rows, stride, scale_stride, values, &mut scales);
             })
         });
         let (format, rows, cols) = (source.format(), source.rows(), source.cols());
@@ -322,6 +317,10 @@ impl Backend for Cpu {
 
     fn look_ahead(&self) -> usize {
         0
+    }
+
+    fn fixed_point(&self) -> bool {
+        true
     }
 
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {

@@ -3,10 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::fixed::Fixed;
 use super::tensor::Aligned;
 use super::{
     Cache, Cpu, Linear, Machine, Norm, Rope, Scratch, Tensor, attention, embed, encode_keys, gate,
-    linear_float, linear_ternary, norm, rope_append, sample,
+    linear_float, linear_levels, linear_ternary, norm, rope_append, sample,
 };
 use crate::backend::{Activation, Footprint, MatrixFormat, Operations, Step, StreamShape};
 use crate::delta::{CacheImage, Page, Phase};
@@ -23,6 +24,8 @@ pub struct Stream {
     /// Which of the policy's windows holds.
     phase: Phase,
     scratch: Scratch,
+    /// Activations of the last product with weights of 8 or 4 bits.
+    fixed: Fixed,
     /// Results of the segments of attention.
     partial: Aligned<f32>,
     /// Candidates of the last choice.
@@ -39,6 +42,7 @@ impl Stream {
             position: 0,
             phase: Phase::Decode,
             scratch,
+            fixed: Fixed::new(),
             partial: Aligned::zeros(0),
             candidates: Vec::new(),
             sampled: SampledTokens::default(),
@@ -50,6 +54,10 @@ impl Stream {
         let (machine, parts) = (&self.machine, &weight.parts[..]);
         match parts.first().map(|part| part.format) {
             Some(MatrixFormat::Ternary) => linear_ternary::linear(machine, x, parts, out, add),
+            Some(format) if linear_levels::takes(machine, format, x.rows()) => {
+                let scratch = (&self.scratch, &mut self.fixed);
+                linear_levels::linear(machine, scratch, x, parts, out, add);
+            }
             _ => linear_float::linear(machine, &self.scratch, x, parts, out, add),
         }
     }
@@ -58,7 +66,7 @@ impl Stream {
 impl Footprint for Stream {
     fn bytes(&self) -> u64 {
         let candidates = self.candidates.capacity() * size_of::<u64>();
-        self.scratch.bytes() + self.partial.bytes() + candidates as u64
+        self.scratch.bytes() + self.fixed.bytes() + self.partial.bytes() + candidates as u64
     }
 }
 

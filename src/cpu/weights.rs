@@ -9,12 +9,6 @@ pub(super) trait Weight {
     /// The bytes of a block of [`BLOCK`] columns.
     type Raw;
 
-    /// The same format without scales.
-    type Unscaled: Weight<Raw = Self::Raw>;
-
-    /// Whether blocks have scales.
-    const SCALED: bool;
-
     /// Whole blocks of a row, and what is left.
     fn split(row: &[u8]) -> (&[Self::Raw], &[u8]);
 
@@ -26,16 +20,25 @@ pub(super) trait Weight {
     fn load<S: Simd>(simd: S, raw: &Self::Raw, scale: u16, i: usize) -> S::Floats;
 }
 
+/// A format of integers with scales.
+pub(super) trait Levels: Weight {
+    /// The largest magnitude of one.
+    const LARGEST: f32;
+
+    /// Vector `i` of a block, without its scale. `#[inline(always)]`.
+    fn level<S: Simd>(simd: S, raw: &Self::Raw, i: usize) -> S::Floats;
+
+    /// The integers of a block, without their scale. `#[inline(always)]`.
+    fn words<S: Simd>(simd: S, raw: &Self::Raw) -> S::Words;
+}
+
 macro_rules! weight {
-    ($(#[$doc:meta])* $name:ident, $unscaled:ident, $scaled:expr, $bytes:expr, |$simd:ident, $raw:ident, $scale:ident, $i:ident| $load:expr) => {
+    ($(#[$doc:meta])* $name:ident, $bytes:expr, |$simd:ident, $raw:ident, $scale:ident, $i:ident| $load:expr) => {
         $(#[$doc])*
         pub(super) struct $name;
 
         impl Weight for $name {
             type Raw = [u8; $bytes];
-            type Unscaled = $unscaled;
-
-            const SCALED: bool = $scaled;
 
             #[inline(always)]
             fn split(row: &[u8]) -> (&[Self::Raw], &[u8]) {
@@ -59,49 +62,77 @@ macro_rules! weight {
 
 weight!(
     /// Little-endian `f32`.
-    Float32, Float32, false, 4 * BLOCK, |simd, raw, _scale, i| simd.load_f32(raw, i)
+    Float32, 4 * BLOCK, |simd, raw, _scale, i| simd.load_f32(raw, i)
 );
 weight!(
     /// Little-endian `f16`.
-    Float16, Float16, false, 2 * BLOCK, |simd, raw, _scale, i| simd.load_f16(raw, i)
+    Float16, 2 * BLOCK, |simd, raw, _scale, i| simd.load_f16(raw, i)
 );
 weight!(
     /// Little-endian `bf16`.
-    BFloat16, BFloat16, false, 2 * BLOCK, |simd, raw, _scale, i| simd.load_bf16(raw, i)
+    BFloat16, 2 * BLOCK, |simd, raw, _scale, i| simd.load_bf16(raw, i)
 );
 weight!(
     /// `i8` with a scale: a block is a block of [`crate::backend::Q8_BLOCK`].
-    Levels8, Signed8, true, BLOCK, |simd, raw, scale, i| simd.mul(simd.load_i8(raw, i), simd.splat_f16(scale))
+    Levels8, BLOCK, |simd, raw, scale, i| simd.mul(simd.load_i8(raw, i), simd.splat_f16(scale))
 );
 weight!(
     /// Fields of 4 bits with a scale and an offset of 8, in whole blocks as above.
-    Levels4, Signed4, true, BLOCK / 2, |simd, raw, scale, i| {
+    Levels4, BLOCK / 2, |simd, raw, scale, i| {
         simd.mul(Signed4::load(simd, raw, 0, i), simd.splat_f16(scale))
     }
 );
 
 weight!(
     /// `i8` as it is.
-    Signed8, Signed8, false, BLOCK, |simd, raw, _scale, i| simd.load_i8(raw, i)
+    Signed8, BLOCK, |simd, raw, _scale, i| simd.load_i8(raw, i)
 );
 weight!(
     /// Fields of 4 bits with an offset of 8.
-    Signed4, Signed4, false, BLOCK / 2, |simd, raw, _scale, i| {
+    Signed4, BLOCK / 2, |simd, raw, _scale, i| {
         simd.sub(simd.load_u4(raw, i), simd.splat(8.0))
     }
 );
 weight!(
     /// Unsigned fields of 4 bits.
-    Unsigned4, Unsigned4, false, BLOCK / 2, |simd, raw, _scale, i| simd.load_u4(raw, i)
+    Unsigned4, BLOCK / 2, |simd, raw, _scale, i| simd.load_u4(raw, i)
 );
 weight!(
     /// The same in the order of [`apart`](super::simd::apart).
-    Apart4, Apart4, false, BLOCK / 2, |simd, raw, _scale, i| simd.load_u4_apart(raw, i)
+    Apart4, BLOCK / 2, |simd, raw, _scale, i| simd.load_u4_apart(raw, i)
 );
 weight!(
     /// Unsigned fields of 2 bits.
-    Unsigned2, Unsigned2, false, BLOCK / 4, |simd, raw, _scale, i| simd.load_u2(raw, i)
+    Unsigned2, BLOCK / 4, |simd, raw, _scale, i| simd.load_u2(raw, i)
 );
+
+impl Levels for Levels8 {
+    const LARGEST: f32 = 127.0;
+
+    #[inline(always)]
+    fn level<S: Simd>(simd: S, raw: &[u8; BLOCK], i: usize) -> S::Floats {
+        Signed8::load(simd, raw, 0, i)
+    }
+
+    #[inline(always)]
+    fn words<S: Simd>(simd: S, raw: &[u8; BLOCK]) -> S::Words {
+        simd.words_i8(raw)
+    }
+}
+
+impl Levels for Levels4 {
+    const LARGEST: f32 = 8.0;
+
+    #[inline(always)]
+    fn level<S: Simd>(simd: S, raw: &[u8; BLOCK / 2], i: usize) -> S::Floats {
+        Signed4::load(simd, raw, 0, i)
+    }
+
+    #[inline(always)]
+    fn words<S: Simd>(simd: S, raw: &[u8; BLOCK / 2]) -> S::Words {
+        simd.words_u4_less_8(raw)
+    }
+}
 
 const _: () = assert!(BLOCK == crate::backend::Q8_BLOCK);
 
@@ -138,6 +169,12 @@ impl<'a, W: Weight> Row<'a, W> {
     #[inline(always)]
     pub(super) fn rest(&self) -> W::Raw {
         W::pad(self.rest)
+    }
+
+    /// The scales of its blocks; none where the format has none.
+    #[inline(always)]
+    pub(super) fn scales(&self) -> &'a [f16] {
+        self.scales
     }
 
     /// The scale of a block: bits of an `f16`, 0 where the format has none.

@@ -65,6 +65,8 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type Bytes = __m256i;
     /// 32-bit sums with VNNI, 16-bit sums without.
     type Sums = __m256i;
+    type Words = [__m256i; 2];
+    type Ints = __m256i;
 
     const LANES: usize = 8;
     const BYTES: usize = 32;
@@ -74,6 +76,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     const DOT_BLOCKS: usize = if VNNI { 1024 } else { 31 };
     const FIELD_SHIFTS: [u32; 4] = if VNNI { [0, 2, 4, 6] } else { [0; 4] };
     const TILE: usize = 2;
+    const FAST_WORDS: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
@@ -204,6 +207,15 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn store_i16(self, to: &mut [i16; BLOCK], i: usize, x: __m256) {
+        let words = simd! {
+            let words = _mm256_cvtps_epi32(x);
+            _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words))
+        };
+        memory!(mut to[i * 8, 8] => |p| _mm_storeu_si128(p.cast(), words));
+    }
+
+    #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
         simd!(_mm256_add_ps(a, b))
     }
@@ -330,6 +342,57 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
             std::mem::transmute(x)
         }
+    }
+
+    #[inline(always)]
+    fn words_i8(self, from: &[u8; BLOCK]) -> [__m256i; 2] {
+        [
+            memory!(from[0, 16] => |p| _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast()))),
+            memory!(from[16, 16] => |p| _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast()))),
+        ]
+    }
+
+    #[inline(always)]
+    fn words_u4_less_8(self, from: &[u8; BLOCK / 2]) -> [__m256i; 2] {
+        let bytes = memory!(from[0, 16] => |p| _mm_loadu_si128(p.cast()));
+        simd! {
+            let words = |bytes| {
+                // The upper field of each byte goes to the upper half of a double word.
+                let pairs = _mm256_cvtepu8_epi32(bytes);
+                let pairs = _mm256_or_si256(pairs, _mm256_slli_epi32::<12>(pairs));
+                let fields = _mm256_and_si256(pairs, _mm256_set1_epi16(15));
+                _mm256_sub_epi16(fields, _mm256_set1_epi16(8))
+            };
+            [words(bytes), words(_mm_srli_si128::<8>(bytes))]
+        }
+    }
+
+    #[inline(always)]
+    fn words(self, from: &[i16; BLOCK]) -> [__m256i; 2] {
+        [
+            memory!(from[0, 16] => |p| _mm256_loadu_si256(p.cast())),
+            memory!(from[16, 16] => |p| _mm256_loadu_si256(p.cast())),
+        ]
+    }
+
+    #[inline(always)]
+    fn no_ints(self) -> __m256i {
+        simd!(_mm256_setzero_si256())
+    }
+
+    #[inline(always)]
+    fn dot_words(self, sums: __m256i, a: [__m256i; 2], b: [__m256i; 2]) -> __m256i {
+        simd!(if VNNI {
+            _mm256_dpwssd_avx_epi32(_mm256_dpwssd_avx_epi32(sums, a[0], b[0]), a[1], b[1])
+        } else {
+            let sums = _mm256_add_epi32(sums, _mm256_madd_epi16(a[0], b[0]));
+            _mm256_add_epi32(sums, _mm256_madd_epi16(a[1], b[1]))
+        })
+    }
+
+    #[inline(always)]
+    fn floats(self, ints: __m256i) -> __m256 {
+        simd!(_mm256_cvtepi32_ps(ints))
     }
 
     #[inline(always)]

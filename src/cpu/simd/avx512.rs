@@ -51,6 +51,8 @@ impl Simd for Avx512 {
     type Floats = __m512;
     type Bytes = __m512i;
     type Sums = __m512i;
+    type Words = __m512i;
+    type Ints = __m512i;
 
     const LANES: usize = 16;
     const BYTES: usize = 64;
@@ -59,6 +61,7 @@ impl Simd for Avx512 {
     const DOT_BLOCKS: usize = 1024;
     const FIELD_SHIFTS: [u32; 4] = [0, 2, 4, 6];
     const TILE: usize = 4;
+    const FAST_WORDS: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -177,6 +180,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn store_i16(self, to: &mut [i16; BLOCK], i: usize, x: __m512) {
+        let words = simd!(_mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+        memory!(mut to[i * 16, 16] => |p| _mm256_storeu_si256(p.cast(), words));
+    }
+
+    #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
         simd!(_mm512_add_ps(a, b))
     }
@@ -285,6 +294,43 @@ impl Simd for Avx512 {
             let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
             std::mem::transmute(x)
         }
+    }
+
+    #[inline(always)]
+    fn words_i8(self, from: &[u8; BLOCK]) -> __m512i {
+        memory!(from[0, 32] => |p| _mm512_cvtepi8_epi16(_mm256_loadu_si256(p.cast())))
+    }
+
+    #[inline(always)]
+    fn words_u4_less_8(self, from: &[u8; BLOCK / 2]) -> __m512i {
+        let bytes = memory!(from[0, 16] => |p| _mm_loadu_si128(p.cast()));
+        simd! {
+            // The upper field of each byte goes to the upper half of a double word.
+            let pairs = _mm512_cvtepu8_epi32(bytes);
+            let pairs = _mm512_or_si512(pairs, _mm512_slli_epi32::<12>(pairs));
+            let fields = _mm512_and_si512(pairs, _mm512_set1_epi16(15));
+            _mm512_sub_epi16(fields, _mm512_set1_epi16(8))
+        }
+    }
+
+    #[inline(always)]
+    fn words(self, from: &[i16; BLOCK]) -> __m512i {
+        memory!(from[0, 32] => |p| _mm512_loadu_si512(p.cast()))
+    }
+
+    #[inline(always)]
+    fn no_ints(self) -> __m512i {
+        simd!(_mm512_setzero_si512())
+    }
+
+    #[inline(always)]
+    fn dot_words(self, sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        simd!(_mm512_dpwssd_epi32(sums, a, b))
+    }
+
+    #[inline(always)]
+    fn floats(self, ints: __m512i) -> __m512 {
+        simd!(_mm512_cvtepi32_ps(ints))
     }
 
     #[inline(always)]

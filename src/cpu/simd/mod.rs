@@ -62,6 +62,10 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     type Bytes: Copy;
     /// A vector of partial sums of products of bytes.
     type Sums: Copy;
+    /// A block of 16-bit integers.
+    type Words: Copy;
+    /// A vector of 32-bit integers, as many as of floats.
+    type Ints: Copy;
 
     /// Floats in a vector.
     const LANES: usize;
@@ -73,6 +77,8 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     const FIELD_SHIFTS: [u32; 4];
     /// Tokens whose sums of four fields, or of four float rows, fit in the registers.
     const TILE: usize;
+    /// Whether [`Simd::dot_words`] outruns the same products in floats.
+    const FAST_WORDS: bool;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::Floats;
@@ -101,6 +107,8 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     fn store_f16(self, to: &mut [u16; BLOCK], i: usize, x: Self::Floats);
     /// Rounds to integers, to nearest even, and clamps them to `-128..=127`.
     fn store_i8(self, to: &mut [i8; BLOCK], i: usize, x: Self::Floats);
+    /// Rounds to integers, to nearest even, and clamps them to 16 bits.
+    fn store_i16(self, to: &mut [i16; BLOCK], i: usize, x: Self::Floats);
 
     /// `a + b`.
     fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
@@ -155,6 +163,19 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     fn dot(self, sums: Self::Sums, codes: Self::Bytes, x: Self::Bytes) -> Self::Sums;
     /// The whole sum of each of four vectors.
     fn total4(self, x: [Self::Sums; 4]) -> [i32; 4];
+
+    /// A block of 16-bit integers.
+    fn words(self, from: &[i16; BLOCK]) -> Self::Words;
+    /// Decodes a block of `i8`.
+    fn words_i8(self, from: &[u8; BLOCK]) -> Self::Words;
+    /// Decodes a block of unsigned fields of 4 bits, the lowest bits of a byte first, less 8.
+    fn words_u4_less_8(self, from: &[u8; BLOCK / 2]) -> Self::Words;
+    /// Zeros.
+    fn no_ints(self) -> Self::Ints;
+    /// Adds the products of two blocks, each to one of the lanes; sums must fit 32 bits.
+    fn dot_words(self, sums: Self::Ints, a: Self::Words, b: Self::Words) -> Self::Ints;
+    /// Rounds to floats.
+    fn floats(self, ints: Self::Ints) -> Self::Floats;
 
     /// Asks for the cache line that holds byte `at` of `from`, or would if it were that long.
     #[inline(always)]
@@ -314,6 +335,19 @@ impl Level {
             #[allow(unreachable_patterns)] // Instructions of another architecture.
             _ => None,
         }
+    }
+
+    /// Whether products of 16-bit integers outrun those of floats.
+    pub(super) fn has_fast_words(self) -> bool {
+        struct Ask;
+        impl Kernel for Ask {
+            type Output = bool;
+            #[inline(always)]
+            fn run<S: Simd>(self, _simd: S) -> bool {
+                S::FAST_WORDS
+            }
+        }
+        self.run(Ask)
     }
 
     /// Runs a kernel compiled for these instructions.

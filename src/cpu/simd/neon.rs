@@ -82,6 +82,8 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     type Bytes = int8x16_t;
     /// Without `sdot`, eight 16-bit sums in the same register.
     type Sums = int32x4_t;
+    type Words = [int16x8_t; 4];
+    type Ints = int32x4_t;
 
     const LANES: usize = 4;
     const BYTES: usize = 16;
@@ -92,6 +94,8 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     // Signed bytes hold all fields where they are but the highest.
     const FIELD_SHIFTS: [u32; 4] = if DOT { [0, 2, 4, 0] } else { [0; 4] };
     const TILE: usize = 4;
+    // Four products an instruction either way, and fewer processors do two of these a cycle.
+    const FAST_WORDS: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> float32x4_t {
@@ -172,6 +176,12 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         };
         memory!(mut bytes[0, 8] => |p| vst1_s8(p, narrow));
         to[i * 4..][..4].copy_from_slice(&bytes[..4]);
+    }
+
+    #[inline(always)]
+    fn store_i16(self, to: &mut [i16; BLOCK], i: usize, x: float32x4_t) {
+        let words = simd!(vqmovn_s32(vcvtnq_s32_f32(x)));
+        memory!(mut to[i * 4, 4] => |p| vst1_s16(p, words));
     }
 
     #[inline(always)]
@@ -300,5 +310,70 @@ impl<const DOT: bool> Simd for Neon<DOT> {
             };
             std::mem::transmute(vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)))
         }
+    }
+
+    #[inline(always)]
+    fn words_i8(self, from: &[u8; BLOCK]) -> [int16x8_t; 4] {
+        let low = memory!(from[0, 16] => |p| vreinterpretq_s8_u8(vld1q_u8(p)));
+        let high = memory!(from[16, 16] => |p| vreinterpretq_s8_u8(vld1q_u8(p)));
+        simd! {
+            [
+                vmovl_s8(vget_low_s8(low)),
+                vmovl_high_s8(low),
+                vmovl_s8(vget_low_s8(high)),
+                vmovl_high_s8(high),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn words_u4_less_8(self, from: &[u8; BLOCK / 2]) -> [int16x8_t; 4] {
+        let bytes = memory!(from[0, 16] => |p| vld1q_u8(p));
+        simd! {
+            let offset = vdupq_n_s8(8);
+            let lower = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), offset);
+            let upper = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8::<4>(bytes)), offset);
+            let (low, high) = (vzip1q_s8(lower, upper), vzip2q_s8(lower, upper));
+            [
+                vmovl_s8(vget_low_s8(low)),
+                vmovl_high_s8(low),
+                vmovl_s8(vget_low_s8(high)),
+                vmovl_high_s8(high),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn words(self, from: &[i16; BLOCK]) -> [int16x8_t; 4] {
+        [
+            memory!(from[0, 8] => |p| vld1q_s16(p)),
+            memory!(from[8, 8] => |p| vld1q_s16(p)),
+            memory!(from[16, 8] => |p| vld1q_s16(p)),
+            memory!(from[24, 8] => |p| vld1q_s16(p)),
+        ]
+    }
+
+    #[inline(always)]
+    fn no_ints(self) -> int32x4_t {
+        simd!(vdupq_n_s32(0))
+    }
+
+    #[inline(always)]
+    fn dot_words(self, sums: int32x4_t, a: [int16x8_t; 4], b: [int16x8_t; 4]) -> int32x4_t {
+        simd! {
+            // Two chains of sums, since each waits for the one before.
+            let mut low = sums;
+            let mut high = vdupq_n_s32(0);
+            for i in 0..4 {
+                low = vmlal_s16(low, vget_low_s16(a[i]), vget_low_s16(b[i]));
+                high = vmlal_high_s16(high, a[i], b[i]);
+            }
+            vaddq_s32(low, high)
+        }
+    }
+
+    #[inline(always)]
+    fn floats(self, ints: int32x4_t) -> float32x4_t {
+        simd!(vcvtq_f32_s32(ints))
     }
 }

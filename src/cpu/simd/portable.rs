@@ -25,12 +25,15 @@ impl Simd for Portable {
     type Floats = [f32; LANES];
     type Bytes = [u8; BYTES];
     type Sums = [i32; BYTES];
+    type Words = [i16; BLOCK];
+    type Ints = [i32; LANES];
 
     const LANES: usize = LANES;
     const BYTES: usize = BYTES;
     const DOT_BLOCKS: usize = usize::MAX;
     const FIELD_SHIFTS: [u32; 4] = [0; 4];
     const TILE: usize = 2;
+    const FAST_WORDS: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> [f32; LANES] {
@@ -101,6 +104,13 @@ impl Simd for Portable {
     fn store_i8(self, to: &mut [i8; BLOCK], i: usize, x: [f32; LANES]) {
         for (to, x) in to[i * LANES..].iter_mut().zip(x) {
             *to = x.round_ties_even() as i8;
+        }
+    }
+
+    #[inline(always)]
+    fn store_i16(self, to: &mut [i16; BLOCK], i: usize, x: [f32; LANES]) {
+        for (to, x) in to[i * LANES..].iter_mut().zip(x) {
+            *to = x.round_ties_even() as i16;
         }
     }
 
@@ -185,5 +195,41 @@ impl Simd for Portable {
     #[inline(always)]
     fn total4(self, x: [[i32; BYTES]; 4]) -> [i32; 4] {
         x.map(|x| x.iter().sum())
+    }
+
+    #[inline(always)]
+    fn words_i8(self, from: &[u8; BLOCK]) -> [i16; BLOCK] {
+        from.map(|byte| i16::from(byte as i8))
+    }
+
+    #[inline(always)]
+    fn words_u4_less_8(self, from: &[u8; BLOCK / 2]) -> [i16; BLOCK] {
+        std::array::from_fn(|i| i16::from(from[i / 2] >> (4 * (i % 2)) & 15) - 8)
+    }
+
+    #[inline(always)]
+    fn words(self, from: &[i16; BLOCK]) -> [i16; BLOCK] {
+        *from
+    }
+
+    #[inline(always)]
+    fn no_ints(self) -> [i32; LANES] {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn dot_words(self, sums: [i32; LANES], a: [i16; BLOCK], b: [i16; BLOCK]) -> [i32; LANES] {
+        // Pairs of neighbours, which SSE2 multiplies and adds in one instruction.
+        std::array::from_fn(|l| {
+            let pair = |i: usize| {
+                i32::from(a[i]) * i32::from(b[i]) + i32::from(a[i + 1]) * i32::from(b[i + 1])
+            };
+            sums[l] + pair(2 * l) + pair(2 * (l + LANES))
+        })
+    }
+
+    #[inline(always)]
+    fn floats(self, ints: [i32; LANES]) -> [f32; LANES] {
+        map(|l| ints[l] as f32)
     }
 }

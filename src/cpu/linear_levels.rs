@@ -1,0 +1,329 @@
+//! 8- and 4-bit weights times activations, in fixed point.
+//!
+//! Activations become integers of 16 bits (see [`super::fixed`]), whose products take half the
+//! instructions of floats, or less.
+//!
+//! - A few tokens should be bound by memory: weights are used as they are, a block's sum is exact
+//!   and then meets its scale.
+//! - With many tokens that would be one scaling for each two products of vectors. So the weights of
+//!   [`FIXED_COLS`] columns of a row, which have scales of their own, are brought to a common one
+//!   first, in 12 bits: with those, the sums of vectors still fit 32 bits. A strip of rows is brought
+//!   there once, and all tokens pass by it.
+//!
+//! What either costs in accuracy is in [`crate::backend::Backend::fixed_point`].
+
+use std::marker::PhantomData;
+
+use half::f16;
+
+use super::fixed::{FIXED_BLOCKS, Fixed, FixedRows};
+use super::simd::{BLOCK, Kernel, Simd};
+use super::strips::{Strip, cut};
+use super::tensor::{Aligned, Tensor};
+use super::weights::{Levels, Levels4, Levels8, Row};
+use super::{Machine, Matrix, STRIP_BYTES, Scratch};
+use crate::backend::{ACTIVATION_STEP, FIXED_COLS, MatrixFormat, WEIGHT_STEP};
+
+/// Rows of a strip that many tokens pass by: 32 KiB of words, near the processor.
+const STRIP_ROWS: usize = 32;
+
+/// Tokens from which a common scale pays.
+const MANY: usize = 8;
+
+/// As many blocks as a vector has lanes bring this many products to each lane: their sum fits.
+const _: () = assert!(BLOCK as f64 * 2047.0 * 32767.0 <= i32::MAX as f64);
+const _: () = assert!(WEIGHT_STEP == 1.0 / 2047.0 && ACTIVATION_STEP == 1.0 / 32767.0);
+
+/// Whether a step of `tokens` is multiplied here.
+pub(super) fn takes(machine: &Machine, format: MatrixFormat, tokens: usize) -> bool {
+    let levels = matches!(format, MatrixFormat::Q8 | MatrixFormat::Q4);
+    levels && (tokens < MANY || machine.level.has_fast_words())
+}
+
+/// `out = x W^T` or `out += x W^T`; see [`crate::backend::Operations::linear`].
+pub(super) fn linear(
+    machine: &Machine,
+    (scratch, fixed): (&Scratch, &mut Fixed),
+    x: &Tensor,
+    parts: &[Matrix],
+    out: &mut Tensor,
+    add: bool,
+) {
+    let (tokens, cols) = (x.rows(), x.width());
+    assert!(parts.iter().all(|part| part.cols == cols), "input width");
+    let x = fixed.round(machine, x);
+    let pieces: Vec<usize> = parts.iter().map(|part| part.rows).collect();
+    let rows: usize = pieces.iter().sum();
+    let height = if tokens < MANY {
+        let row_bytes = parts.first().map_or(1, Matrix::row_bytes);
+        machine.strip_height(rows, row_bytes, tokens, STRIP_BYTES)
+    } else {
+        STRIP_ROWS
+    };
+    let strips = cut(out.floats_mut(), tokens, &pieces, 1, |_| height);
+    let small = rows * cols * tokens < 8 * 1024;
+    machine.each_of(small, strips, |worker, Strip { piece, first, columns }| {
+        let matrix = &parts[piece];
+        let scratch = &mut scratch.of(worker);
+        let product = Product { matrix, first, x, out: columns, add, scratch };
+        match matrix.format {
+            MatrixFormat::Q8 => machine.level.run(Typed::<Levels8>(product, PhantomData)),
+            MatrixFormat::Q4 => machine.level.run(Typed::<Levels4>(product, PhantomData)),
+            format => panic!("{format:?} weights have no levels"),
+        }
+    });
+}
+
+/// One strip.
+struct Product<'a> {
+    matrix: &'a Matrix,
+    /// The strip's first row.
+    first: usize,
+    x: FixedRows<'a>,
+    /// `[T]` slices of the strip's rows.
+    out: Vec<&'a mut [f32]>,
+    add: bool,
+    scratch: &'a mut Aligned<f32>,
+}
+
+/// One strip of weights `W`.
+struct Typed<'a, W>(Product<'a>, PhantomData<W>);
+
+impl<W: Levels> Kernel for Typed<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let mut product = self.0;
+        let tokens = product.out.len();
+        if tokens >= MANY {
+            return product.many::<S, W>(simd);
+        }
+        let rows = product.out.first().map_or(0, |out| out.len());
+        let mut token = 0;
+        while token < tokens {
+            let tile = (tokens - token).min(S::TILE).min(4);
+            for row in 0..rows {
+                match tile {
+                    4 => product.few::<S, W, 4>(simd, row, token),
+                    3 => product.few::<S, W, 3>(simd, row, token),
+                    2 => product.few::<S, W, 2>(simd, row, token),
+                    _ => product.few::<S, W, 1>(simd, row, token),
+                }
+            }
+            token += tile;
+        }
+    }
+}
+
+impl Product<'_> {
+    /// A row times `T` tokens.
+    ///
+    /// Rows come from memory, one after the other: processors foresee what lies ahead in one long
+    /// stream, poorly in several short ones, and asking for it here costs more than it gains.
+    #[inline(always)]
+    fn few<S: Simd, W: Levels, const T: usize>(&mut self, simd: S, row: usize, token: usize) {
+        let scales = self.matrix.row_scales(self.first + row);
+        let weights = Row::<W>::new(self.matrix.row(self.first + row), scales);
+        // Four sums a token hide the latency of adding to one.
+        let mut sums = [[simd.splat(0.0); 4]; T];
+        for (part, raw) in weights.whole().chunks(FIXED_BLOCKS).enumerate() {
+            let scales = &scales[part * FIXED_BLOCKS..][..raw.len()];
+            let scales = scale_products(simd, scales, self.scales::<T>(token, part));
+            // Slices of equal length, and known to be so: the loops below check no index.
+            let x: [_; T] = std::array::from_fn(|t| &self.x.blocks(token + t, part)[..raw.len()]);
+            let (fours, last) = raw.as_chunks::<4>();
+            for (four, raw) in fours.iter().enumerate() {
+                for i in 0..4 {
+                    let w = W::words(simd, &raw[i]);
+                    for t in 0..T {
+                        let dot = block_dot(simd, w, &x[t][4 * four + i]);
+                        let scale = simd.splat(scales[t][(4 * four + i) % FIXED_BLOCKS]);
+                        sums[t][i] = simd.fma(dot, scale, sums[t][i]);
+                    }
+                }
+            }
+            for (i, raw) in last.iter().enumerate() {
+                let (w, block) = (W::words(simd, raw), 4 * fours.len() + i);
+                for t in 0..T {
+                    let dot = block_dot(simd, w, &x[t][block]);
+                    sums[t][i] = simd.fma(dot, simd.splat(scales[t][block]), sums[t][i]);
+                }
+            }
+        }
+        if !weights.is_whole() {
+            let (part, block) =
+                (weights.whole().len() / FIXED_BLOCKS, weights.whole().len() % FIXED_BLOCKS);
+            let w = W::words(simd, &weights.rest());
+            let scale = weights.scale(weights.whole().len());
+            let x_scales = self.scales::<T>(token, part);
+            for t in 0..T {
+                let dot = block_dot(simd, w, &self.x.blocks(token + t, part)[block]);
+                let scale = simd.mul(simd.splat_f16(scale), simd.splat(x_scales[t]));
+                sums[t][3] = simd.fma(dot, scale, sums[t][3]);
+            }
+        }
+        for t in 0..T {
+            let y: f32 = simd.sum4(sums[t]).iter().sum();
+            let out = &mut self.out[token + t][row];
+            *out = if self.add { *out + y } else { y };
+        }
+    }
+
+    /// The scales of `T` tokens' part.
+    #[inline(always)]
+    fn scales<const T: usize>(&self, token: usize, part: usize) -> [f32; T] {
+        std::array::from_fn(|t| self.x.scale(token + t, part))
+    }
+
+    /// All rows times all tokens.
+    #[inline(always)]
+    fn many<S: Simd, W: Levels>(self, simd: S) {
+        let Self { matrix, first, x, out, add, scratch } = self;
+        let (tokens, rows) = (out.len(), out.first().map_or(0, |out| out.len()));
+        // Rows that make up the last four are zero.
+        let height = rows.next_multiple_of(4);
+        let words = height * FIXED_COLS * size_of::<i16>() / size_of::<f32>();
+        scratch.grow(words + tokens * height);
+        let (words, sums) = scratch[..words + tokens * height].split_at_mut(words);
+        let words: &mut [i16] = bytemuck::cast_slice_mut(words);
+        words.fill(0);
+        sums.fill(0.0);
+        let mut scales = [0.0; STRIP_ROWS];
+        for part in 0..matrix.cols.div_ceil(FIXED_COLS) {
+            let start = part * FIXED_COLS;
+            let len = FIXED_COLS.min(matrix.cols - start);
+            let blocks = len.div_ceil(BLOCK);
+            let bytes = |n| matrix.format.bytes_of(n);
+            for (r, words) in words.chunks_exact_mut(FIXED_COLS).take(rows).enumerate() {
+                let encoded = &matrix.row(first + r)[bytes(start)..][..bytes(len)];
+                // What is needed next, while all tokens pass by what is brought here.
+                for line in (0..encoded.len()).step_by(64) {
+                    simd.prefetch(encoded, encoded.len() + line);
+                }
+                let row_scales = &matrix.row_scales(first + r)[start / BLOCK..][..blocks];
+                let row = Row::<W>::new(encoded, row_scales);
+                scales[r] = common_scale(simd, &row, W::LARGEST, words.as_chunks_mut().0);
+            }
+            let words = words.as_chunks::<BLOCK>().0;
+            let mut token = 0;
+            while token < tokens {
+                let tile = if tokens - token >= S::TILE { S::TILE } else { 1 };
+                for r in (0..height).step_by(4) {
+                    let w = std::array::from_fn(|i| &words[(r + i) * FIXED_BLOCKS..][..blocks]);
+                    let mut emit = |t: usize, y: [f32; 4]| {
+                        let x_scale = x.scale(token + t, part);
+                        let sums = &mut sums[(token + t) * height + r..][..4];
+                        for i in 0..4 {
+                            sums[i] += y[i] * (scales[r + i] * x_scale);
+                        }
+                    };
+                    let x = |t: usize| &x.blocks(token + t, part)[..blocks];
+                    match tile {
+                        4 => tile_of::<S, 4>(simd, w, std::array::from_fn(x), &mut emit),
+                        2 => tile_of::<S, 2>(simd, w, std::array::from_fn(x), &mut emit),
+                        _ => tile_of::<S, 1>(simd, w, std::array::from_fn(x), &mut emit),
+                    }
+                }
+                token += tile;
+            }
+        }
+        for (out, sums) in out.into_iter().zip(sums.chunks_exact(height)) {
+            for (out, y) in out.iter_mut().zip(sums) {
+                *out = if add { *out + y } else { *y };
+            }
+        }
+    }
+}
+
+/// The products of one block, spread over lanes.
+#[inline(always)]
+fn block_dot<S: Simd>(simd: S, w: S::Words, x: &[i16; BLOCK]) -> S::Floats {
+    simd.floats(simd.dot_words(simd.no_ints(), w, simd.words(x)))
+}
+
+/// The products of the scales of a part's blocks with those of each token.
+#[inline(always)]
+fn scale_products<S: Simd, const T: usize>(
+    simd: S,
+    weights: &[f16],
+    tokens: [f32; T],
+) -> [[f32; BLOCK]; T] {
+    let mut bits = [0u8; 2 * BLOCK];
+    let bytes: &[u8] = bytemuck::cast_slice(weights);
+    match bytes.first_chunk::<{ 2 * FIXED_BLOCKS }>() {
+        Some(whole) => bits[..2 * FIXED_BLOCKS].copy_from_slice(whole),
+        None => bits[..bytes.len()].copy_from_slice(bytes),
+    }
+    let mut products = [[0.0; BLOCK]; T];
+    for i in 0..FIXED_BLOCKS / S::LANES {
+        let weights = simd.load_f16(&bits, i);
+        for t in 0..T {
+            simd.store(&mut products[t], i, simd.mul(weights, simd.splat(tokens[t])));
+        }
+    }
+    products
+}
+
+/// Writes weights of a part as words of one scale, and gives that: NaN where one is not finite.
+#[inline(always)]
+fn common_scale<S: Simd, W: Levels>(
+    simd: S,
+    row: &Row<'_, W>,
+    largest_level: f32,
+    words: &mut [[i16; BLOCK]],
+) -> f32 {
+    // Magnitudes are in the order of their bits, NaN beyond all.
+    let magnitudes = row.scales().iter().map(|scale| scale.to_bits() & 0x7fff);
+    let largest = largest_level * f16::from_bits(magnitudes.max().unwrap_or(0)).to_f32();
+    if largest == 0.0 {
+        words.fill([0; BLOCK]);
+        return 0.0;
+    }
+    let scale = largest * WEIGHT_STEP;
+    let rest = row.rest();
+    let blocks = row.whole().iter().chain((!row.is_whole()).then_some(&rest));
+    for (block, (raw, words)) in blocks.zip(words).enumerate() {
+        let per_level = simd.mul(simd.splat_f16(row.scale(block)), simd.splat(1.0 / scale));
+        for i in 0..BLOCK / S::LANES {
+            simd.store_i16(words, i, simd.mul(W::level(simd, raw, i), per_level));
+        }
+    }
+    // Infinity times zero is NaN, so that it does not become a number of levels.
+    scale + 0.0 * largest
+}
+
+/// Gives `emit` the sums of four rows for each of `T` tokens.
+#[inline(always)]
+fn tile_of<S: Simd, const T: usize>(
+    simd: S,
+    w: [&[[i16; BLOCK]]; 4],
+    x: [&[[i16; BLOCK]]; T],
+    emit: &mut impl FnMut(usize, [f32; 4]),
+) {
+    let blocks = w[0].len();
+    // Slices of equal length, and known to be so: the loop below checks no index.
+    let w = w.map(|w| &w[..blocks]);
+    let x = x.map(|x| &x[..blocks]);
+    let mut totals = [[simd.splat(0.0); 4]; T];
+    for start in (0..blocks).step_by(S::LANES) {
+        let mut sums = [[simd.no_ints(); 4]; T];
+        for block in start..blocks.min(start + S::LANES) {
+            let x: [_; T] = std::array::from_fn(|t| simd.words(&x[t][block]));
+            for r in 0..4 {
+                let w = simd.words(&w[r][block]);
+                for t in 0..T {
+                    sums[t][r] = simd.dot_words(sums[t][r], w, x[t]);
+                }
+            }
+        }
+        for t in 0..T {
+            for r in 0..4 {
+                totals[t][r] = simd.add(totals[t][r], simd.floats(sums[t][r]));
+            }
+        }
+    }
+    for t in 0..T {
+        emit(t, simd.sum4(totals[t]));
+    }
+}
