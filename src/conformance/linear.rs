@@ -171,6 +171,7 @@ pub(super) fn linear_float<B: Backend>(backend: &B) -> Result<Vec<Check>> {
     }
     for format in FLOATS {
         checks.extend(largest_sums(backend, format)?);
+        checks.extend(nothing_broken_is_mended(backend, format)?);
     }
     Ok(checks)
 }
@@ -198,6 +199,47 @@ fn largest_sums<B: Backend>(backend: &B, format: FloatFormat) -> Result<Vec<Chec
         // The only rounding of one is that of the scale, which each format does alike.
         let tolerance = |i: usize| 4.0 * width as f64 * U * f64::from(want[i]).abs();
         checks.push(compare("linear_float", case, &got, &want, tolerance));
+    }
+    Ok(checks)
+}
+
+/// One activation or one weight is not finite: neither may anything be that is made of it.
+fn nothing_broken_is_mended<B: Backend>(backend: &B, format: FloatFormat) -> Result<Vec<Check>> {
+    let (name, stored, target) = format;
+    let (height, width) = (6, 544);
+    let mut checks = Vec::new();
+    for (broken, in_weights) in [(f32::NAN, false), (f32::INFINITY, false), (f32::NAN, true)] {
+        let mut weights = vec![0.5; height * width];
+        if in_weights {
+            weights[2 * width + 520] = broken;
+        }
+        let data: Vec<u8> = match stored {
+            FloatType::F32 => weights.iter().flat_map(|w| w.to_le_bytes()).collect(),
+            FloatType::F16 => {
+                weights.iter().flat_map(|&w| f16::from_f32(w).to_le_bytes()).collect()
+            }
+            FloatType::BF16 => {
+                weights.iter().flat_map(|&w| bf16::from_f32(w).to_le_bytes()).collect()
+            }
+        };
+        let matrix = MatrixSource::float("conformance", height, width, stored, data.into());
+        let weight = backend.linear(&[target(matrix)])?;
+        for rows in [1, 9] {
+            let mut x = vec![0.25; rows * width];
+            if !in_weights {
+                x[(rows - 1) * width + 520] = broken;
+            }
+            let got = product(backend, &weight, (rows, width, height), Activations::F32(&x), None)?;
+            let spoilt = |i: usize| match in_weights {
+                true => i % height == 2,
+                false => i / height == rows - 1,
+            };
+            let pass = got.iter().enumerate().all(|(i, y)| y.is_finite() != spoilt(i));
+            let place = if in_weights { "a weight" } else { "an activation" };
+            let case = format!("{name}, {broken} in {place}, {rows} rows");
+            let error = if pass { 0.0 } else { 1.0 };
+            checks.push(Check { operation: "linear_float", case, error, tolerance: 0.0, pass });
+        }
     }
     Ok(checks)
 }
