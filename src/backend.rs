@@ -304,6 +304,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// # Errors
     /// No room for them; a device that did not read them all.
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed>;
+
+    /// Measures how many multiply-adds a second the device makes of what is in registers, of the kind
+    /// that weights of a format are multiplied by: the ceiling of whatever memory does not bound.
+    /// Takes some tenths of a second.
+    ///
+    /// # Errors
+    /// A fault of the device; a device that multiplied wrongly.
+    fn multiply_speed(&self, format: MatrixFormat) -> Result<f64>;
 }
 
 /// The operations of one session, run in the order they are called.

@@ -360,6 +360,13 @@ impl Backend for Reference {
         let seconds = start.elapsed().as_secs_f64().max(1e-9);
         Ok(ReadSpeed { bytes_per_second: bytes as f64 / seconds, bytes, sum })
     }
+
+    fn multiply_speed(&self, _format: MatrixFormat) -> Result<f64> {
+        let (count, start) = (1 << 20, Instant::now());
+        let (half, one) = std::hint::black_box((0.5f64, 1.0f64));
+        std::hint::black_box((0..count).fold(one, |sum, _| sum * half + one));
+        Ok(f64::from(count) / start.elapsed().as_secs_f64().max(1e-9))
+    }
 }
 
 impl Operations<Reference> for Stream {

@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use deltallm::backend::{Backend, read_pattern};
+use deltallm::backend::{Backend, MatrixFormat, read_pattern};
 use deltallm::cpu::Cpu;
 use deltallm::gpu::{Gpu, GpuOptions, Select};
 use deltallm::reference::Reference;
@@ -270,6 +270,9 @@ fn a_profile_has_every_operation_with_its_time() {
                 bytes += operation["bytes"].as_f64().expect("bytes");
                 let kernels = operation["kernels"].as_array().expect("kernels");
                 assert!(!kernels.is_empty(), "{operation}");
+                let multiplies = operation["multiply_adds"].as_u64().expect("a count") > 0;
+                let most = &operation["multiply_adds_per_s_at_most"];
+                assert_eq!(most.as_f64().is_some_and(|most| most > 0.0), multiplies, "{operation}");
             }
             // Clocks of the device may tick too slowly for one launch, not for all.
             assert!(time > 0.0 && time.is_finite(), "{profile}");
@@ -306,6 +309,25 @@ fn devices_read_all_that_they_are_asked_to() {
         let sum = words.fold(0, |sum: u32, n| sum.wrapping_add(read_pattern(n)));
         assert_eq!((found.bytes, found.sum), (bytes, sum));
         assert!(found.bytes_per_second.is_finite() && found.bytes_per_second > 0.0);
+    }
+}
+
+/// The loops and kernels that multiply for speed: a GPU's results are compared with their twin.
+#[test]
+fn devices_multiply_all_that_they_are_asked_to() {
+    let select = Select::Named(common::test_adapter());
+    let gpu = Gpu::open(&GpuOptions { select, ..GpuOptions::default() }).expect("an adapter");
+    let cpu = Cpu::new(None).expect("a CPU");
+    for format in [MatrixFormat::F32, MatrixFormat::Q8, MatrixFormat::Ternary] {
+        let speeds = [
+            Reference::new().multiply_speed(format),
+            cpu.multiply_speed(format),
+            gpu.multiply_speed(format),
+        ];
+        for speed in speeds {
+            let speed = speed.expect("it multiplies");
+            assert!(speed.is_finite() && speed > 0.0, "{format:?}: {speed}");
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! The measuring.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::observer::{Mode, Observer, Tally};
 use super::{BenchOptions, Cost, Profile, Spread, Test, TestKind};
-use crate::backend::{Activity, DeviceInfo, ReadSpeed, read_pattern};
+use crate::backend::{Activity, DeviceInfo, MatrixFormat, ReadSpeed, read_pattern};
 use crate::checkpoint::Checkpoint;
 use crate::delta::{AttentionPolicy, Thresholds};
 use crate::error::{Error, Result};
@@ -26,6 +27,8 @@ pub struct Bench {
     observer: Arc<Observer>,
     attention: AttentionPolicy,
     thresholds: Option<Thresholds>,
+    /// See [`Backend::multiply_speed`](crate::backend::Backend::multiply_speed).
+    multiply_speeds: Mutex<HashMap<MatrixFormat, f64>>,
 }
 
 /// How long the first token took, in a session of its own.
@@ -131,7 +134,7 @@ impl Bench {
         attention.check()?;
         let observer = Arc::new(Observer::default());
         let model = Model::open_observed(checkpoint, options, Some(&observer), progress)?;
-        Ok(Self { model, observer, attention, thresholds })
+        Ok(Self { model, observer, attention, thresholds, multiply_speeds: Mutex::default() })
     }
 
     /// The device.
@@ -156,6 +159,17 @@ impl Bench {
             return Err(self.fault("what the device read for its speed is not what was written"));
         }
         Ok(found)
+    }
+
+    /// How fast the device multiplies by weights of a format; measured once.
+    fn multiply_speed(&self, format: MatrixFormat) -> Result<f64> {
+        let mut known = self.multiply_speeds.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(speed) = known.get(&format) {
+            return Ok(*speed);
+        }
+        let speed = self.model.engine().multiply_speed(format)?;
+        known.insert(format, speed);
+        Ok(speed)
     }
 
     /// Tokens that a run makes or takes in all, for a progress bar.
@@ -267,7 +281,7 @@ impl Bench {
                 self.observer.set_mode(Mode::Count);
                 let (wall, tally) = profiled?;
                 events(Event::Tokens(test.tokens));
-                Some(Profile::new(tally, wall))
+                Some(Profile::new(tally, wall, |format| self.multiply_speed(format))?)
             }
             false => None,
         };

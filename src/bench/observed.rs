@@ -11,7 +11,8 @@ use super::cost::{self, Cost};
 use super::observer::{Mode, Observer, Tally};
 use crate::backend::{
     Activation, Activity, Backend, CacheBytes, CacheRows, CacheShape, DeviceInfo, Footprint,
-    KernelTime, KeyValueCache, ModelPlan, Operations, ReadSpeed, Step, StreamShape, TensorFormat,
+    KernelTime, KeyValueCache, MatrixFormat, ModelPlan, Operations, ReadSpeed, Step, StreamShape,
+    TensorFormat,
 };
 use crate::checkpoint::MatrixSource;
 use crate::delta::{AttentionPolicy, CacheImage, Page, Phase};
@@ -36,6 +37,7 @@ pub(crate) struct Linear<T> {
     inner: T,
     rows: usize,
     cols: usize,
+    format: MatrixFormat,
     /// Shape and format, for people.
     name: Arc<str>,
 }
@@ -105,6 +107,17 @@ impl<B: Backend> Stream<B> {
         cost: Cost,
         run: impl FnOnce(&mut B::Stream) -> Result<()>,
     ) -> Result<()> {
+        self.observe_product(name, (detail, MatrixFormat::F32), cost, run)
+    }
+
+    /// The same of one that multiplies weights of a format.
+    fn observe_product(
+        &mut self,
+        name: &'static str,
+        (detail, format): (&Arc<str>, MatrixFormat),
+        cost: Cost,
+        run: impl FnOnce(&mut B::Stream) -> Result<()>,
+    ) -> Result<()> {
         self.tally.cost += cost;
         if self.mode == Mode::Count {
             return run(&mut self.inner);
@@ -113,6 +126,7 @@ impl<B: Backend> Stream<B> {
         run(&mut self.inner)?;
         let launches = self.inner.activity().launches - before;
         let operation = self.tally.operation(name, detail);
+        operation.format = format;
         operation.calls += 1;
         operation.cost += cost;
         if self.mode == Mode::DeviceClock {
@@ -205,8 +219,10 @@ impl<B: Backend> Backend for Observed<B> {
     fn linear(&self, stack: &[MatrixSource]) -> Result<Self::Linear> {
         let inner = self.inner.linear(stack)?;
         let rows = stack.iter().map(MatrixSource::rows).sum();
-        let (cols, format) = stack.first().map_or((0, ""), |m| (m.cols(), m.format().name()));
-        Ok(Linear { inner, rows, cols, name: format!("{rows} x {cols} {format}").into() })
+        let first = stack.first().map(|matrix| (matrix.cols(), matrix.format()));
+        let (cols, format) = first.unwrap_or((0, MatrixFormat::F32));
+        let name = format!("{rows} x {cols} {}", format.name()).into();
+        Ok(Linear { inner, rows, cols, format, name })
     }
 
     fn norm(&self, weight: &[f32], eps: f32) -> Result<Self::Norm> {
@@ -274,6 +290,10 @@ impl<B: Backend> Backend for Observed<B> {
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {
         self.inner.read_speed(bytes)
     }
+
+    fn multiply_speed(&self, format: MatrixFormat) -> Result<f64> {
+        self.inner.multiply_speed(format)
+    }
 }
 
 impl<B: Backend> Operations<Observed<B>> for Stream<B> {
@@ -334,7 +354,7 @@ impl<B: Backend> Operations<Observed<B>> for Stream<B> {
             multiply_adds: (x.rows * weight.rows * weight.cols) as u64,
             ..Cost::default()
         };
-        self.observe("linear", &weight.name, cost, |stream| {
+        self.observe_product("linear", (&weight.name, weight.format), cost, |stream| {
             stream.linear(&x.inner, &weight.inner, &mut out.inner)
         })
     }
@@ -351,7 +371,7 @@ impl<B: Backend> Operations<Observed<B>> for Stream<B> {
             multiply_adds: (x.rows * weight.rows * weight.cols) as u64,
             ..Cost::default()
         };
-        self.observe("linear_add", &weight.name, cost, |stream| {
+        self.observe_product("linear_add", (&weight.name, weight.format), cost, |stream| {
             stream.linear_add(&x.inner, &weight.inner, &mut out.inner)
         })
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::cost::Cost;
-use crate::backend::Activity;
+use crate::backend::{Activity, MatrixFormat};
 
 /// What is taken note of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,13 +37,22 @@ pub(crate) struct Tally {
 }
 
 /// What one operation cost, all its calls together.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct OperationTally {
+    /// Of the weights that it multiplies.
+    pub format: MatrixFormat,
     pub calls: u64,
     pub cost: Cost,
     /// Launches and time of each kernel; those of one without a name where the host's clock was
     /// taken.
     pub kernels: BTreeMap<&'static str, (u64, Duration)>,
+}
+
+impl Default for OperationTally {
+    fn default() -> Self {
+        let (calls, cost, kernels) = (0, Cost::default(), BTreeMap::new());
+        Self { format: MatrixFormat::F32, calls, cost, kernels }
+    }
 }
 
 impl OperationTally {
@@ -66,6 +75,7 @@ impl Tally {
         self.activity.readback_bytes += other.activity.readback_bytes;
         for (name, operation) in other.operations {
             let sum = self.operations.entry(name).or_default();
+            sum.format = operation.format;
             sum.calls += operation.calls;
             sum.cost += operation.cost;
             for (kernel, (launches, time)) in operation.kernels {

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use super::cost::Cost;
 use super::observer::Tally;
+use crate::backend::MatrixFormat;
+use crate::error::Result;
 
 /// Where the time of a test went.
 #[derive(Clone, Debug)]
@@ -37,6 +39,9 @@ pub struct ProfiledOperation {
     pub calls: u64,
     /// What they moved and computed.
     pub cost: Cost,
+    /// Multiply-adds a second of which the device is capable, of the kind that these are; nothing
+    /// where there are none.
+    pub multiply_speed: Option<f64>,
     /// The kernels that did it, the one that took longest first.
     pub kernels: Vec<ProfiledKernel>,
 }
@@ -65,7 +70,12 @@ impl Profile {
         self.operations.iter().map(ProfiledOperation::time).sum()
     }
 
-    pub(super) fn new(tally: Tally, wall: Duration) -> Self {
+    /// `speed` gives [`Backend::multiply_speed`](crate::backend::Backend::multiply_speed).
+    pub(super) fn new(
+        tally: Tally,
+        wall: Duration,
+        mut speed: impl FnMut(MatrixFormat) -> Result<f64>,
+    ) -> Result<Self> {
         let mut clock = Clock::Device;
         let mut operations = Vec::with_capacity(tally.operations.len());
         for ((name, detail), operation) in tally.operations {
@@ -78,15 +88,17 @@ impl Profile {
                 kernels.push(ProfiledKernel { name: kernel.to_owned(), launches, time });
             }
             kernels.sort_by_key(|kernel| std::cmp::Reverse(kernel.time));
+            let multiplies = operation.cost.multiply_adds > 0;
             operations.push(ProfiledOperation {
                 name: name.to_owned(),
                 detail: detail.to_string(),
                 calls: operation.calls,
                 cost: operation.cost,
+                multiply_speed: multiplies.then(|| speed(operation.format)).transpose()?,
                 kernels,
             });
         }
         operations.sort_by_key(|operation| std::cmp::Reverse(operation.time()));
-        Self { clock, operations, wall }
+        Ok(Self { clock, operations, wall })
     }
 }

@@ -12,7 +12,7 @@ use half::f16;
 use super::Comparison;
 use crate::backend::{
     Activation, Backend, CacheBytes, CacheFormat, CacheRows, CacheShape, DeviceInfo, Footprint,
-    Input, KeyValueCache, Operations, ReadSpeed, Step, StreamShape, TensorFormat,
+    Input, KeyValueCache, MatrixFormat, Operations, ReadSpeed, Step, StreamShape, TensorFormat,
 };
 use crate::checkpoint::MatrixSource;
 use crate::delta::{CacheImage, Page};
@@ -235,8 +235,7 @@ impl<A: Backend, B: Backend> Backend for Arc<Pair<A, B>> {
     fn linear(&self, stack: &[MatrixSource]) -> Result<Self::Linear> {
         let both =
             Both { doubted: self.doubted.linear(stack)?, trusted: self.trusted.linear(stack)? };
-        let ternary =
-            stack.first().is_some_and(|m| m.format() == crate::backend::MatrixFormat::Ternary);
+        let ternary = stack.first().is_some_and(|m| m.format() == MatrixFormat::Ternary);
         let name = stack.first().map_or("", MatrixSource::name).to_owned();
         Ok(Linear { both, name, ternary })
     }
@@ -302,6 +301,10 @@ impl<A: Backend, B: Backend> Backend for Arc<Pair<A, B>> {
 
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {
         self.doubted.read_speed(bytes)
+    }
+
+    fn multiply_speed(&self, format: MatrixFormat) -> Result<f64> {
+        self.doubted.multiply_speed(format)
     }
 }
 

@@ -24,6 +24,7 @@ mod gate;
 mod linear_float;
 mod linear_levels;
 mod linear_ternary;
+mod multiply_speed;
 mod norm;
 mod page_scores;
 mod pages;
@@ -325,5 +326,9 @@ impl Backend for Cpu {
 
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {
         read_speed::measure(&self.machine, bytes)
+    }
+
+    fn multiply_speed(&self, format: MatrixFormat) -> Result<f64> {
+        Ok(multiply_speed::measure(&self.machine, format))
     }
 }

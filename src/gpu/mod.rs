@@ -32,6 +32,7 @@ mod image;
 mod linear;
 mod linear_float;
 mod linear_ternary;
+mod multiply_speed;
 mod norm;
 mod pipeline;
 mod pipelines;
@@ -215,6 +216,10 @@ impl Backend for Gpu {
 
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed> {
         read_speed::measure(&self.device, bytes)
+    }
+
+    fn multiply_speed(&self, format: MatrixFormat) -> Result<f64> {
+        multiply_speed::measure(&self.device, format)
     }
 
     /// One: the device has work while the host reads a token, turns it into text and records the

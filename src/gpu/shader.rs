@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use super::cache::{PageKeys, PageKind, ValueStore};
 use super::tuning::Cut;
 use super::{
-    attention, embed, encode_keys, gate, linear_float, linear_ternary, norm, read_speed,
-    rope_append, sample,
+    attention, embed, encode_keys, gate, linear_float, linear_ternary, multiply_speed, norm,
+    read_speed, rope_append, sample,
 };
 use crate::backend::{Activation, CacheFormat, MatrixFormat, TensorFormat};
 use crate::delta::{
@@ -167,6 +167,9 @@ pub(super) enum Kernel {
     },
     SampleDraw,
     ReadSpeed,
+    MultiplySpeed {
+        bytes: bool,
+    },
 }
 
 impl Kernel {
@@ -194,6 +197,7 @@ impl Kernel {
             Self::SampleTop { .. } => "sample_top",
             Self::SampleDraw => "sample_draw",
             Self::ReadSpeed => "read_speed",
+            Self::MultiplySpeed { .. } => "multiply_speed",
         }
     }
 
@@ -236,6 +240,7 @@ impl Kernel {
             Self::SampleTop { first } => sample::top_program(first),
             Self::SampleDraw => sample::draw_program(),
             Self::ReadSpeed => read_speed::program(),
+            Self::MultiplySpeed { bytes } => multiply_speed::program(bytes, abilities),
         }
     }
 
@@ -308,6 +313,7 @@ impl Kernel {
             all.extend([Self::SampleBest { first }, Self::SampleTop { first }]);
         }
         all.extend([Self::SampleDraw, Self::ReadSpeed]);
+        all.extend([false, true].map(|bytes| Self::MultiplySpeed { bytes }));
         all
     }
 }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 pub use device::DeviceChoice;
 pub use memory::{MemoryUse, plan_memory};
 
-use crate::backend::{Backend, DeviceInfo, Input, ReadSpeed};
+use crate::backend::{Backend, DeviceInfo, Input, MatrixFormat, ReadSpeed};
 use crate::bench::{Observed, Observer};
 use crate::checkpoint::{Checkpoint, ModelConfig};
 use crate::cpu::Cpu;
@@ -323,6 +323,7 @@ pub(crate) trait Engine: Send + Sync {
     fn max_top_k(&self) -> usize;
     fn look_ahead(&self) -> usize;
     fn read_speed(&self, bytes: u64) -> Result<ReadSpeed>;
+    fn multiply_speed(&self, format: MatrixFormat) -> Result<f64>;
     /// See [`Backend::can_be_lost`].
     fn can_be_lost(&self) -> bool;
     /// See [`Backend::give_up`].

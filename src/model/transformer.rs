@@ -265,6 +265,10 @@ impl<B: Backend> super::Engine for Transformer<B> {
         self.backend.read_speed(bytes)
     }
 
+    fn multiply_speed(&self, format: MatrixFormat) -> Result<f64> {
+        self.backend.multiply_speed(format)
+    }
+
     fn can_be_lost(&self) -> bool {
         self.backend.can_be_lost()
     }

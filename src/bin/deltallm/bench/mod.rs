@@ -42,7 +42,9 @@ computed, but for how much delta attention keeps.
 
 With --profile, time is taken by the device's own clock, a kernel at a time; where it has none and on
 the CPU, by the host's clock around each operation. Operations a second count a multiplication
-with its addition as two, of matrices and attention.";
+with its addition as two, of matrices and attention; of multiplying is their share of what the device
+multiplies in registers, measured on the spot: floats, or the integers that weights of such a format
+meet. An operation is at its ceiling where the larger of both shares is 100 %.";
 
 /// Options of `bench`.
 #[derive(clap::Args)]

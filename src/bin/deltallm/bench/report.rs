@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use deltallm::backend::{DeviceInfo, ReadSpeed};
-use deltallm::bench::{BenchOptions, Clock, FirstToken, Line, PerToken, Profile};
+use deltallm::bench::{
+    BenchOptions, Clock, FirstToken, Line, PerToken, Profile, ProfiledOperation,
+};
 use deltallm::checkpoint::ModelConfig;
 use serde_json::{Value, json};
 
@@ -412,6 +414,8 @@ impl Subject {
                 "multiply_adds": cost.multiply_adds,
                 "bytes_per_s": moved,
                 "share_of_reading": moved.and_then(|moved| self.share(moved)),
+                "multiply_adds_per_s_at_most": operation.multiply_speed,
+                "share_of_multiplying": share_of_multiplying(operation),
                 "kernels": kernels.collect::<Vec<_>>(),
             })
         });
@@ -436,6 +440,7 @@ fn profile_table(subject: &Subject, line: &Line, profile: &Profile) -> String {
         "GB/s",
         "GOP/s",
         "of reading",
+        "of multiplying",
     ];
     let mut rows = vec![columns.map(str::to_owned).to_vec()];
     let all = profile.time().as_secs_f64();
@@ -461,6 +466,7 @@ fn profile_table(subject: &Subject, line: &Line, profile: &Profile) -> String {
             optional(moved.map(|x| rate(x / 1e9))),
             optional(computed.filter(|x| *x > 0.0).map(|x| rate(x / 1e9))),
             optional(moved.and_then(|moved| subject.share(moved)).map(percent)),
+            optional(share_of_multiplying(operation).map(percent)),
         ]);
         if operation.kernels.len() > 1 {
             for kernel in &operation.kernels {
@@ -480,6 +486,12 @@ fn profile_table(subject: &Subject, line: &Line, profile: &Profile) -> String {
         profile.wall.as_secs_f64(),
         aligned(&rows, 2)
     )
+}
+
+/// Of what the device can multiply in registers.
+fn share_of_multiplying(operation: &ProfiledOperation) -> Option<f64> {
+    let made = per_second(operation.cost.multiply_adds as f64, operation.time().as_secs_f64())?;
+    operation.multiply_speed.map(|most| made / most)
 }
 
 fn clock(clock: Clock) -> &'static str {
