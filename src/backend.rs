@@ -285,7 +285,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Whether [`Operations::linear`] multiplies weights of 8 or 4 bits in fixed point: activations
     /// are rounded to steps of [`ACTIVATION_STEP`] of the largest magnitude of each [`FIXED_COLS`]
     /// columns of a row. Where several tokens pass by, weights may be rounded likewise, to steps of
-    /// [`WEIGHT_STEP`]: next to what 8 bits have cost them, a twentieth more.
+    /// [`WEIGHT_STEP`]: with weights like noise that adds less than a hundredth to the error that 8 bits
+    /// have cost them, and more where one of [`FIXED_COLS`] is far greater than the others.
     fn fixed_point(&self) -> bool {
         false
     }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use deltallm::backend::{Backend, MatrixFormat, read_pattern};
-use deltallm::cpu::Cpu;
+use deltallm::cpu::{Cpu, Kernels};
 use deltallm::gpu::{Gpu, GpuOptions, Select};
 use deltallm::reference::Reference;
 use serde_json::Value;
@@ -317,14 +317,13 @@ fn devices_read_all_that_they_are_asked_to() {
 fn devices_multiply_all_that_they_are_asked_to() {
     let select = Select::Named(common::test_adapter());
     let gpu = Gpu::open(&GpuOptions { select, ..GpuOptions::default() }).expect("an adapter");
-    let cpu = Cpu::new(None).expect("a CPU");
+    let levels = Kernels::available().into_iter();
+    let cpus: Vec<Cpu> =
+        levels.map(|kernels| Cpu::with_kernels(Some(1), kernels).expect("a CPU")).collect();
     for format in [MatrixFormat::F32, MatrixFormat::Q8, MatrixFormat::Ternary] {
-        let speeds = [
-            Reference::new().multiply_speed(format),
-            cpu.multiply_speed(format),
-            gpu.multiply_speed(format),
-        ];
-        for speed in speeds {
+        let others = [Reference::new().multiply_speed(format), gpu.multiply_speed(format)];
+        let speeds = cpus.iter().map(|cpu| cpu.multiply_speed(format));
+        for speed in speeds.chain(others) {
             let speed = speed.expect("it multiplies");
             assert!(speed.is_finite() && speed > 0.0, "{format:?}: {speed}");
         }

@@ -66,11 +66,14 @@ impl Kernel for Words {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> usize {
-        let ones = simd.words(&black_box([1; BLOCK]));
+        let a: [_; 4] = std::array::from_fn(|i| simd.words(&[i as i16; BLOCK]));
+        let mut b: [_; SUMS / 4] = std::array::from_fn(|i| simd.words(&[i as i16; BLOCK]));
         let mut sums = [simd.no_ints(); SUMS];
         for _ in 0..REPEATS {
-            for sum in &mut sums {
-                *sum = simd.dot_words(*sum, ones, ones);
+            // Or the products would be made once, since they do not change.
+            b = black_box(b);
+            for i in 0..SUMS {
+                sums[i] = simd.dot_words(sums[i], a[i % 4], b[i / 4]);
             }
         }
         black_box(sums.map(|sum| simd.sum(simd.floats(sum))));
@@ -86,15 +89,17 @@ impl Kernel for Bytes {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> usize {
-        let codes = simd.fields(&black_box([0b0101_0101; TERNARY_BLOCK]), 0);
-        let x = simd.bytes(&black_box([1; TERNARY_BLOCK]), 0);
+        let codes = simd.fields(&black_box([0b1001_0001; TERNARY_BLOCK]), 0);
+        let mut x: [_; SUMS / 4] =
+            std::array::from_fn(|i| simd.bytes(&[i as i8; TERNARY_BLOCK], 0));
         let mut totals = [0; 4];
         // Some sums are of 16 bits.
         let steps = S::DOT_BLOCKS.min(REPEATS);
         for _ in 0..REPEATS / steps {
             let mut sums = [[simd.no_sums(); 4]; SUMS / 4];
             for _ in 0..steps {
-                for sums in &mut sums {
+                x = black_box(x);
+                for (sums, x) in sums.iter_mut().zip(x) {
                     for field in 0..4 {
                         sums[field] = simd.dot(sums[field], codes[field], x);
                     }
