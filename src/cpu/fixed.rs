@@ -8,7 +8,7 @@ use crate::backend::{ACTIVATION_STEP, FIXED_COLS};
 /// Blocks of [`FIXED_COLS`].
 pub(super) const FIXED_BLOCKS: usize = FIXED_COLS / BLOCK;
 
-/// Activations in fixed point, kept by a session so that no step allocates.
+/// Activations in fixed point; a session keeps their memory.
 pub(super) struct Fixed {
     /// `[T, stride]`: whole blocks, the last padded with zeros.
     levels: Aligned<i16>,
