@@ -371,6 +371,10 @@ fn what_is_wrong_is_said_before_anything_runs() {
         (&["--model", "no/such/dir"], &["no/such/dir", "does not exist"]),
         (&["--threads", "0", "--device", "cpu"], &["threads"]),
         (&["--out", inside], &["is a file"]),
+        (&["--csv", "--profile"], &["cannot be used with"]),
+        // A place in which not even root can make a directory.
+        #[cfg(target_os = "linux")]
+        (&["--out", "/proc/runs"], &["/proc/runs", "--no-files"]),
     ] {
         let output = run(args);
         assert!(!output.status.success(), "{args:?}");

@@ -14,13 +14,20 @@ const NAME: usize = 32;
 
 /// Refuses a place in which no directory can be made, before anything is measured.
 pub fn check(out: &Path) -> Result<(), Error> {
-    match out.ancestors().find(|path| path.exists()) {
-        Some(path) if !path.is_dir() => {
-            let message = "is a file: no directory can be made in it".into();
-            Err(Error::Malformed { path: path.to_owned(), message })
-        }
-        _ => Ok(()),
+    // The ancestors of a relative path end with the empty one.
+    let here = |path: &Path| if path.as_os_str().is_empty() { ".".into() } else { path.to_owned() };
+    let Some(place) = out.ancestors().map(here).find(|path| path.exists()) else {
+        return Ok(());
+    };
+    if !place.is_dir() {
+        let message = "is a file: no directory can be made in it".into();
+        return Err(Error::Malformed { path: place, message });
     }
+    // Permissions do not tell whether one can be made there; making one does.
+    let probe = place.join(format!(".deltallm-{}", std::process::id()));
+    fs::create_dir(&probe)
+        .and_then(|()| fs::remove_dir(&probe))
+        .map_err(|source| Error::Io { path: out.to_owned(), source })
 }
 
 /// Writes a run into a new directory within `out`, and gives its name.
