@@ -24,6 +24,9 @@ const PRODUCTS: usize = 256 * 8 * 4;
 /// Timed submissions, of which the fastest counts.
 const ROUNDS: usize = 5;
 
+/// Time that a timed submission takes at least, so that submitting it does not count.
+const LONG_ENOUGH: Duration = Duration::from_millis(20);
+
 pub(super) fn program(bytes: bool, abilities: Abilities) -> Program {
     Program {
         constants: vec![("BYTES", bytes.into())],
@@ -75,17 +78,24 @@ pub(super) fn measure(device: &Arc<Device>, format: MatrixFormat) -> Result<f64>
     let size = (groups * INVOCATIONS * 4) as u64;
     let sums = device.storage("sums", size)?;
     let mut recorder = Recorder::new(Arc::clone(device))?;
-    let mut best = Duration::MAX;
-    for round in 0..=ROUNDS {
+    let mut multiply = |passes: u32| -> Result<Duration> {
         let start = Instant::now();
-        let kernel = Kernel::MultiplySpeed { bytes };
-        recorder.dispatch(kernel, &0u32, &[&factors, &sums], [groups, 1, 1])?;
+        for _ in 0..passes {
+            let kernel = Kernel::MultiplySpeed { bytes };
+            recorder.dispatch(kernel, &0u32, &[&factors, &sums], [groups, 1, 1])?;
+        }
         recorder.submit()?;
         device.wait(None)?;
-        // The first may have had to compile it.
-        if round > 0 {
-            best = best.min(start.elapsed());
-        }
+        Ok(start.elapsed())
+    };
+    // The first may have to compile it.
+    multiply(1)?;
+    let once = multiply(1)?;
+    let passes = LONG_ENOUGH.div_duration_f64(once.max(Duration::from_nanos(1))).ceil();
+    let passes = passes.clamp(1.0, 256.0) as u32;
+    let mut best = once;
+    for _ in 0..ROUNDS {
+        best = best.min(multiply(passes)? / passes);
     }
     let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
     let readback = device.buffer("reading sums", size, usage)?;
