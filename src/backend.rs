@@ -17,8 +17,8 @@ use crate::checkpoint::MatrixSource;
 use crate::delta::{AttentionPolicy, CacheImage, Page, Phase};
 use crate::error::Result;
 pub use crate::formats::{
-    ACTIVATION_STEP, Activation, AttentionShape, CacheFormat, FIXED_COLS, MatrixFormat, Q8_BLOCK,
-    WEIGHT_STEP,
+    ACTIVATION_STEP, Activation, AttentionShape, CacheFormat, FIXED_COLS, FIXED_TOKENS,
+    MatrixFormat, Q8_BLOCK, WEIGHT_STEP,
 };
 use crate::sampler::SampleStep;
 
@@ -284,7 +284,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Whether [`Operations::linear`] multiplies weights of 8 or 4 bits in fixed point: activations
     /// are rounded to steps of [`ACTIVATION_STEP`] of the largest magnitude of each [`FIXED_COLS`]
-    /// columns of a row. Where several tokens pass by, weights may be rounded likewise, to steps of
+    /// columns of a row. From [`FIXED_TOKENS`] on weights may be rounded likewise, to steps of
     /// [`WEIGHT_STEP`]: with weights like noise that adds less than a hundredth to the error that 8 bits
     /// have cost them, and more where one of [`FIXED_COLS`] is far greater than the others.
     fn fixed_point(&self) -> bool {

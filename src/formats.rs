@@ -69,6 +69,9 @@ pub const ACTIVATION_STEP: f32 = 1.0 / 32767.0;
 /// The same of weights.
 pub const WEIGHT_STEP: f32 = 1.0 / 2047.0;
 
+/// Tokens from which weights may be in fixed point as well as activations.
+pub const FIXED_TOKENS: usize = 8;
+
 impl MatrixFormat {
     /// Bytes of `elements` of a row, scales not counted; of whole blocks for Q4. A row of ternary
     /// bytes stands for four rows.

@@ -4,7 +4,8 @@ use half::{bf16, f16};
 
 use super::{Check, FLUSHED, Inputs, U, compare, step};
 use crate::backend::{
-    ACTIVATION_STEP, Backend, FIXED_COLS, Input, Operations, Step, TensorFormat, WEIGHT_STEP,
+    ACTIVATION_STEP, Backend, FIXED_COLS, FIXED_TOKENS, Input, Operations, Step, TensorFormat,
+    WEIGHT_STEP,
 };
 use crate::checkpoint::{FloatType, MatrixSource};
 use crate::delta::Phase;
@@ -12,7 +13,7 @@ use crate::error::Result;
 use crate::reference::Reference;
 
 /// Tokens of a step: about where a backend may switch from matrix-vector to matrix-matrix kernels.
-const ROWS: [usize; 6] = [1, 2, 3, 5, 17, 33];
+const ROWS: [usize; 8] = [1, 2, 3, 5, 7, 8, 17, 33];
 
 /// A float weight format: its name, how the file stores it, and what becomes of that.
 pub(super) type FloatFormat = (&'static str, FloatType, fn(MatrixSource) -> MatrixSource);
@@ -196,8 +197,8 @@ fn largest_sums<B: Backend>(backend: &B, format: FloatFormat) -> Result<Vec<Chec
         let got = product(backend, &weight, shape, x, None)?;
         let want = product(&Reference::new(), &reference, shape, x, None)?;
         let case = format!("{name} [{height}] x {width}, {rows} rows of -1");
-        // The only rounding of one is that of the scale, which each format does alike.
-        let tolerance = |i: usize| 4.0 * width as f64 * U * f64::from(want[i]).abs();
+        // Ones and their scale are met exactly by every level: sums are rounded, as in `float_of`.
+        let tolerance = |i: usize| (width as f64 + 8.0) * U * f64::from(want[i]).abs();
         checks.push(compare("linear_float", case, &got, &want, tolerance));
     }
     Ok(checks)
@@ -208,7 +209,9 @@ fn nothing_broken_is_mended<B: Backend>(backend: &B, format: FloatFormat) -> Res
     let (name, stored, target) = format;
     let (height, width) = (6, 544);
     let mut checks = Vec::new();
-    for (broken, in_weights) in [(f32::NAN, false), (f32::INFINITY, false), (f32::NAN, true)] {
+    let cases =
+        [(f32::NAN, false), (f32::INFINITY, false), (f32::NAN, true), (f32::INFINITY, true)];
+    for (broken, in_weights) in cases {
         let mut weights = vec![0.5; height * width];
         if in_weights {
             weights[2 * width + 520] = broken;
@@ -279,7 +282,7 @@ pub(super) fn float_of<B: Backend>(
             let sum: f64 = products.map(|(&x, &w)| f64::from(x * w).abs()).sum();
             let residual = onto.map_or(0.0, |onto| f64::from(onto[i]).abs());
             let rounding = match fixed {
-                true => rounding(x, &weights[i % height], rows > 1) + 4.0 * U * sum,
+                true => rounding(x, &weights[i % height], rows) + 4.0 * U * sum,
                 false => 0.0,
             };
             (width as f64 + 4.0) * (U * sum + FLUSHED) + 2.0 * U * residual + rounding
@@ -291,17 +294,17 @@ pub(super) fn float_of<B: Backend>(
     Ok(checks)
 }
 
-/// What rounding activations, and the weights where there are `several` tokens, to fixed point can
-/// change in a product: half a step for each, and a fiftieth of it for the roundings of scales and
+/// What rounding activations, and from [`FIXED_TOKENS`] on weights, to fixed point can change in a product: half a step for each, and a fiftieth of it for the roundings of scales and
 /// of their inverses; activations so small that the step is not a normal number become zero.
-fn rounding(x: &[f32], weights: &[f32], several: bool) -> f64 {
+fn rounding(x: &[f32], weights: &[f32], tokens: usize) -> f64 {
+    let round_weights = tokens >= FIXED_TOKENS;
     let largest = |v: &[f32]| v.iter().fold(0.0f64, |max, &v| max.max(f64::from(v).abs()));
     let sum = |v: &[f32]| v.iter().map(|&v| f64::from(v).abs()).sum::<f64>();
     let (step, weight_step) = (f64::from(ACTIVATION_STEP), f64::from(WEIGHT_STEP));
     let parts = x.chunks(FIXED_COLS).zip(weights.chunks(FIXED_COLS));
     let changes = parts.map(|(x, weights)| {
         let of_x = (0.51 * step * largest(x)).max(largest(x).min(FLUSHED / step));
-        let of_weights = if several { 0.51 * weight_step * largest(weights) } else { 0.0 };
+        let of_weights = if round_weights { 0.51 * weight_step * largest(weights) } else { 0.0 };
         of_x * sum(weights) + of_weights * sum(x)
     });
     changes.sum()

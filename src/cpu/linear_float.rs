@@ -8,7 +8,7 @@
 use std::marker::PhantomData;
 
 use super::simd::{BLOCK, Kernel, Simd};
-use super::strips::{Strip, cut};
+use super::strips::Strip;
 use super::tensor::{Aligned, Tensor};
 use super::weights::{BFloat16, Float16, Float32, Levels4, Levels8, Row, Weight};
 use super::{Machine, Matrix, Scratch};
@@ -34,18 +34,8 @@ pub(super) fn linear(
     out: &mut Tensor,
     add: bool,
 ) {
-    let (tokens, cols) = (x.rows(), x.width());
-    assert!(parts.iter().all(|part| part.cols == cols), "input width");
-    let pieces: Vec<usize> = parts.iter().map(|part| part.rows).collect();
-    let rows: usize = pieces.iter().sum();
-    let height = if tokens < DECODED_TOKENS {
-        let row_bytes = parts.first().map_or(1, Matrix::row_bytes);
-        machine.strip_height(rows, row_bytes, tokens, super::STRIP_BYTES)
-    } else {
-        DECODED_ROWS
-    };
-    let strips = cut(out.floats_mut(), tokens, &pieces, 1, |_| height);
-    let small = rows * cols * tokens < 8 * 1024;
+    let many = (x.rows() >= DECODED_TOKENS).then_some(DECODED_ROWS);
+    let (strips, small) = machine.product_strips(x, parts, out, many);
     machine.each_of(small, strips, |worker, Strip { piece, first, columns }| {
         let product = Product {
             matrix: &parts[piece],

@@ -18,17 +18,14 @@ use half::f16;
 
 use super::fixed::{FIXED_BLOCKS, Fixed, FixedRows};
 use super::simd::{BLOCK, Kernel, Simd};
-use super::strips::{Strip, cut};
+use super::strips::Strip;
 use super::tensor::{Aligned, Tensor};
 use super::weights::{Levels, Levels4, Levels8, Row};
-use super::{Machine, Matrix, STRIP_BYTES, Scratch};
-use crate::backend::{ACTIVATION_STEP, FIXED_COLS, MatrixFormat, WEIGHT_STEP};
+use super::{Machine, Matrix, Scratch};
+use crate::backend::{ACTIVATION_STEP, FIXED_COLS, FIXED_TOKENS, MatrixFormat, WEIGHT_STEP};
 
 /// Rows of a strip that many tokens pass by: 32 KiB of words, near the processor.
 const STRIP_ROWS: usize = 32;
-
-/// Tokens from which a common scale pays.
-const MANY: usize = 8;
 
 /// As many blocks as a vector has lanes bring this many products to each lane: their sum fits.
 const _: () = assert!(BLOCK as f64 * 2047.0 * 32767.0 <= i32::MAX as f64);
@@ -37,7 +34,7 @@ const _: () = assert!(WEIGHT_STEP == 1.0 / 2047.0 && ACTIVATION_STEP == 1.0 / 32
 /// Whether a step of `tokens` is multiplied here.
 pub(super) fn takes(machine: &Machine, format: MatrixFormat, tokens: usize) -> bool {
     let levels = matches!(format, MatrixFormat::Q8 | MatrixFormat::Q4);
-    levels && (tokens < MANY || machine.level.has_fast_words())
+    levels && (tokens < FIXED_TOKENS || machine.level.has_fast_words())
 }
 
 /// `out = x W^T` or `out += x W^T`; see [`crate::backend::Operations::linear`].
@@ -49,19 +46,9 @@ pub(super) fn linear(
     out: &mut Tensor,
     add: bool,
 ) {
-    let (tokens, cols) = (x.rows(), x.width());
-    assert!(parts.iter().all(|part| part.cols == cols), "input width");
+    let many = (x.rows() >= FIXED_TOKENS).then_some(STRIP_ROWS);
+    let (strips, small) = machine.product_strips(x, parts, out, many);
     let x = fixed.round(machine, x);
-    let pieces: Vec<usize> = parts.iter().map(|part| part.rows).collect();
-    let rows: usize = pieces.iter().sum();
-    let height = if tokens < MANY {
-        let row_bytes = parts.first().map_or(1, Matrix::row_bytes);
-        machine.strip_height(rows, row_bytes, tokens, STRIP_BYTES)
-    } else {
-        STRIP_ROWS
-    };
-    let strips = cut(out.floats_mut(), tokens, &pieces, 1, |_| height);
-    let small = rows * cols * tokens < 8 * 1024;
     machine.each_of(small, strips, |worker, Strip { piece, first, columns }| {
         let matrix = &parts[piece];
         let scratch = &mut scratch.of(worker);
@@ -96,7 +83,7 @@ impl<W: Levels> Kernel for Typed<'_, W> {
     fn run<S: Simd>(self, simd: S) {
         let mut product = self.0;
         let tokens = product.out.len();
-        if tokens >= MANY {
+        if tokens >= FIXED_TOKENS {
             return product.many::<S, W>(simd);
         }
         let rows = product.out.first().map_or(0, |out| out.len());

@@ -57,6 +57,7 @@ pub use stream::Stream;
 pub use tensor::Tensor;
 
 use simd::Level;
+use strips::Strip;
 use tensor::Aligned;
 use threads::Threads;
 
@@ -144,6 +145,27 @@ impl Machine {
         let share = rows.div_ceil(STRIPS * self.threads.count());
         let fit = if tokens > 1 { bytes / row_bytes.max(1) } else { share };
         fit.min(share).max(1).next_multiple_of(4)
+    }
+
+    /// Cuts the output of a product of `x` with stacked matrices that are not packed, and tells whether
+    /// it is too small for threads. A strip is of `many` rows where that is given, else as high as
+    /// suits a few tokens.
+    fn product_strips<'a>(
+        &self,
+        x: &Tensor,
+        parts: &[Matrix],
+        out: &'a mut Tensor,
+        many: Option<usize>,
+    ) -> (Vec<Strip<'a>>, bool) {
+        let (tokens, cols) = (x.rows(), x.width());
+        assert!(parts.iter().all(|part| part.cols == cols), "input width");
+        let pieces: Vec<usize> = parts.iter().map(|part| part.rows).collect();
+        let rows: usize = pieces.iter().sum();
+        let row_bytes = parts.first().map_or(1, Matrix::row_bytes);
+        let height =
+            many.unwrap_or_else(|| self.strip_height(rows, row_bytes, tokens, STRIP_BYTES));
+        let strips = strips::cut(out.floats_mut(), tokens, &pieces, 1, |_| height);
+        (strips, rows * cols * tokens < 8 * 1024)
     }
 }
 
