@@ -435,7 +435,7 @@ impl Device {
 
     /// The pipeline of a kernel, compiled now unless it was announced early enough.
     pub(super) fn pipeline(&self, kernel: Kernel) -> Result<Arc<Pipeline>> {
-        self.pipelines.get(kernel).map_err(|message| self.fault(kernel.name(), message))
+        self.pipelines.get(kernel).map_err(|message| self.lost_or(kernel.name(), message))
     }
 
     /// Whatever wgpu reports while `f` runs becomes an error.
@@ -458,10 +458,11 @@ impl Device {
                 Err(Error::DeviceLost { device: self.info.name.clone(), message: message.clone() })
             }
             Some(Failure::Other(message)) => {
-                let error = self.fault("a command", message.clone());
+                let message = message.clone();
                 // A lost device stays lost; another failure is reported once.
                 *slot = None;
-                Err(error)
+                drop(slot);
+                Err(self.lost_or("a command", message))
             }
         }
     }
@@ -478,13 +479,13 @@ impl Device {
 
     /// The error for a call that wgpu or the driver has refused; `needed` bytes were asked for.
     fn refused(&self, what: &str, needed: u64, error: &wgpu::Error) -> Error {
-        // A driver without memory for a submission loses the device with it.
-        if let Err(lost @ Error::DeviceLost { .. }) = self.check() {
-            return lost;
-        }
         match error {
-            wgpu::Error::OutOfMemory { .. } => self.out_of_memory(what, needed),
-            other => self.fault(what, other.to_string()),
+            // A driver without memory for a submission loses the device with it.
+            wgpu::Error::OutOfMemory { .. } => match self.check() {
+                Err(lost @ Error::DeviceLost { .. }) => lost,
+                _ => self.out_of_memory(what, needed),
+            },
+            other => self.lost_or(what, other.to_string()),
         }
     }
 

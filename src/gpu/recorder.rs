@@ -314,7 +314,7 @@ impl Recorder {
         let device = Arc::clone(&self.device);
         let bind_group = device
             .scoped(|| device.raw.create_bind_group(&descriptor))
-            .map_err(|error| device.fault(kernel.name(), error.to_string()))?;
+            .map_err(|error| device.lost_or(kernel.name(), error.to_string()))?;
         if self.bind_groups.len() == MAX_BIND_GROUPS {
             self.bind_groups.clear();
         }

@@ -37,7 +37,7 @@ impl Timer {
         };
         let queries = device
             .scoped(|| device.raw.create_query_set(&descriptor))
-            .map_err(|error| device.fault("timestamps", error.to_string()))?;
+            .map_err(|error| device.lost_or("timestamps", error.to_string()))?;
         use wgpu::BufferUsages as Usage;
         let bytes = 2 * MOST as u64 * QUERY;
         let what = "timestamps";

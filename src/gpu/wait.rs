@@ -71,17 +71,39 @@ impl Device {
     }
 
     /// The loss of the device, where that is behind a call that has failed; else the failure itself.
-    fn lost_or(&self, what: &str, message: String) -> Error {
+    pub(super) fn lost_or(&self, what: &str, message: String) -> Error {
         if let Err(lost) = self.check() {
             return lost;
         }
-        // The news may come with the last submission that is on its way.
-        let limit = Some(self.time_limit);
-        let _ = self.poll(wgpu::PollType::Wait { submission_index: None, timeout: limit });
+        // The news may come with the last submission that is on its way, or be in the hands of another
+        // thread, which has not told anybody yet.
+        if !self.answers() {
+            self.count_as_lost(message.clone());
+        }
         match self.check() {
             Err(lost) => lost,
             Ok(()) => self.fault(what, message),
         }
+    }
+
+    /// Whether the device still does the least that can be asked of it, once all its work is done.
+    fn answers(&self) -> bool {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let asked = self.scoped(|| {
+            let probe = self.raw.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("probe"),
+                size: wgpu::MAP_ALIGNMENT,
+                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            });
+            probe.map_async(wgpu::MapMode::Read, .., move |result| {
+                let _ = sender.send(result.is_ok());
+            });
+            probe
+        });
+        let limit = Some(self.time_limit);
+        let polled = self.poll(wgpu::PollType::Wait { submission_index: None, timeout: limit });
+        asked.is_ok() && polled.is_ok() && receiver.recv_timeout(MAP_TIMEOUT) == Ok(true)
     }
 
     /// Waits for a submission and reads the first `bytes` of a buffer that it has copied to.
