@@ -125,7 +125,8 @@ fn fresh(source: &MatrixSource) -> MatrixSource {
     let (mut values, mut scales) = (Vec::new(), Vec::new());
     let (rows, cols) = (source.rows(), source.cols());
     match source.format() {
-        MatrixFormat::Q8 => source.clone(),
+        // Encoded anew by each backend.
+        MatrixFormat::Q8 | MatrixFormat::Q4 => source.clone(),
         MatrixFormat::Ternary => {
             source.encode(0..source.storage_rows(), cols, 0, &mut values, &mut scales);
             MatrixSource::packed("bench", rows, cols, values.into(), 1.0)
