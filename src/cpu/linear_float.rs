@@ -7,10 +7,12 @@
 
 use std::marker::PhantomData;
 
-use super::simd::{BLOCK, Kernel, Simd};
+use super::simd::{BLOCK, Kernel, LINE, Simd};
 use super::strips::Strip;
 use super::tensor::{Aligned, Tensor};
-use super::weights::{BFloat16, Float16, Float32, Levels4, Levels8, Row, Weight};
+use super::weights::{
+    BFloat16, Float16, Float32, Levels4, Levels8, Row, Weight, ask_ahead, crowds,
+};
 use super::{Machine, Matrix, Scratch};
 use crate::backend::MatrixFormat;
 
@@ -21,6 +23,9 @@ const DECODED_ROWS: usize = 32;
 /// cache while the decoded rows pass by, though widths that are powers of two put all rows into
 /// the same few sets of it.
 const DECODED_COLS: usize = 512;
+
+/// How far ahead activations are asked for where they do not fit the nearest cache, in bytes.
+const X_AHEAD: usize = 1024;
 
 /// Tokens from which decoding ahead pays.
 const DECODED_TOKENS: usize = 8;
@@ -143,7 +148,7 @@ compile_error!("the CPU backend computes on little-endian files as they are");
 /// Gives `emit` the products of a row with `T` tokens: token, row, sum.
 ///
 /// Rows come from memory, one after the other: processors foresee what lies ahead in one long
-/// stream, poorly in several short ones, and asking for it here costs more than it gains.
+/// stream, poorly in several short ones.
 #[inline(always)]
 fn few<'a, S: Simd, W: Weight + 'a, const T: usize>(
     simd: S,
@@ -153,6 +158,7 @@ fn few<'a, S: Simd, W: Weight + 'a, const T: usize>(
     x: &impl Fn(usize) -> &'a [f32],
     emit: &mut impl FnMut(usize, usize, f32),
 ) {
+    let crowded = crowds(T * size_of_val(x(token)));
     let x: [_; T] = std::array::from_fn(|t| x(token + t).as_chunks::<BLOCK>());
     // Slices of equal length, and known to be so: the loop below checks no index.
     let whole = row.whole();
@@ -161,6 +167,14 @@ fn few<'a, S: Simd, W: Weight + 'a, const T: usize>(
     let mut sums = [[simd.splat(0.0); 4]; T];
     let (pairs, last) = whole.as_chunks::<2>();
     for (pair, raw) in pairs.iter().enumerate() {
+        if crowded {
+            ask_ahead(simd, raw);
+            // Twice the bytes of weights of 16 bits: they are worth asking for as well.
+            for x in whole_x {
+                let pair: &[u8] = bytemuck::cast_slice(&x[2 * pair..][..2]);
+                (0..pair.len()).step_by(LINE).for_each(|at| simd.prefetch(pair, X_AHEAD + at));
+            }
+        }
         for half in 0..2 {
             let block = 2 * pair + half;
             let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);

@@ -20,7 +20,7 @@ use super::fixed::{FIXED_BLOCKS, Fixed, FixedRows};
 use super::simd::{BLOCK, Kernel, Simd};
 use super::strips::Strip;
 use super::tensor::{Aligned, Tensor};
-use super::weights::{Levels, Levels4, Levels8, Row};
+use super::weights::{Levels, Levels4, Levels8, Row, ask_ahead, crowds};
 use super::{Machine, Matrix, Scratch};
 use crate::backend::{ACTIVATION_STEP, FIXED_COLS, FIXED_TOKENS, MatrixFormat, WEIGHT_STEP};
 
@@ -107,11 +107,12 @@ impl Product<'_> {
     /// A row times `T` tokens.
     ///
     /// Rows come from memory, one after the other: processors foresee what lies ahead in one long
-    /// stream, poorly in several short ones, and asking for it here costs more than it gains.
+    /// stream, poorly in several short ones.
     #[inline(always)]
     fn few<S: Simd, W: Levels, const T: usize>(&mut self, simd: S, row: usize, token: usize) {
         let scales = self.matrix.row_scales(self.first + row);
         let weights = Row::<W>::new(self.matrix.row(self.first + row), scales);
+        let crowded = crowds(T * self.matrix.cols * size_of::<i16>());
         // Four sums a token hide the latency of adding to one.
         let mut sums = [[simd.splat(0.0); 4]; T];
         for (part, raw) in weights.whole().chunks(FIXED_BLOCKS).enumerate() {
@@ -121,6 +122,9 @@ impl Product<'_> {
             let x: [_; T] = std::array::from_fn(|t| &self.x.blocks(token + t, part)[..raw.len()]);
             let (fours, last) = raw.as_chunks::<4>();
             for (four, raw) in fours.iter().enumerate() {
+                if crowded {
+                    ask_ahead(simd, raw);
+                }
                 for i in 0..4 {
                     let w = W::words(simd, &raw[i]);
                     for t in 0..T {

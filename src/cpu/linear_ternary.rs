@@ -84,7 +84,7 @@ impl Kernel for Product<'_> {
         }
         if token < tokens {
             // One row after the other: processors foresee what lies ahead in one long stream, poorly
-            // in several short ones, and asking for it here costs more than it gains.
+            // in several short ones.
             for row in 0..rows {
                 self.tile::<S, 1>(simd, row, token);
             }

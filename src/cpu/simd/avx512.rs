@@ -339,4 +339,11 @@ impl Simd for Avx512 {
         // SAFETY: a hint, which may name any address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(pointer.cast()) }
     }
+
+    #[inline(always)]
+    fn prefetch_second(self, from: &[u8], at: usize) {
+        let pointer = from.as_ptr().wrapping_add(at);
+        // SAFETY: a hint, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(pointer.cast()) }
+    }
 }

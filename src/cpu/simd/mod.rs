@@ -48,6 +48,9 @@ use half::f16;
 /// Elements of a block of floats.
 pub(super) const BLOCK: usize = 32;
 
+/// Bytes of a cache line, or half of one.
+pub(super) const LINE: usize = 64;
+
 /// Columns of a block of ternary weights.
 pub(super) const TERNARY_BLOCK: usize = 64;
 
@@ -180,6 +183,12 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// Asks for the cache line that holds byte `at` of `from`, or would if it were that long.
     #[inline(always)]
     fn prefetch(self, from: &[u8], at: usize) {
+        let _ = (from, at);
+    }
+
+    /// The same, into the second-level cache only.
+    #[inline(always)]
+    fn prefetch_second(self, from: &[u8], at: usize) {
         let _ = (from, at);
     }
 
