@@ -8,9 +8,12 @@ use crate::backend::{ACTIVATION_STEP, FIXED_COLS};
 /// Blocks of [`FIXED_COLS`].
 pub(super) const FIXED_BLOCKS: usize = FIXED_COLS / BLOCK;
 
+/// Blocks that products with a few tokens take at once.
+pub(super) const FIXED_GROUP: usize = 4;
+
 /// Activations in fixed point; a session keeps their memory.
 pub(super) struct Fixed {
-    /// `[T, stride]`: whole blocks, the last padded with zeros.
+    /// `[T, stride]`: whole groups of [`FIXED_GROUP`] blocks, the last padded with zeros.
     levels: Aligned<i16>,
     /// `[T, ceil(cols / FIXED_COLS)]`: `x ~ level * scale`.
     scales: Vec<f32>,
@@ -35,10 +38,11 @@ impl Fixed {
         self.levels.bytes() + (self.scales.capacity() * size_of::<f32>()) as u64
     }
 
-    /// Rounds the live rows of `x`.
-    pub(super) fn round(&mut self, machine: &Machine, x: &Tensor) -> FixedRows<'_> {
+    /// Rounds the live rows of `x`; blocks come in the order of [`Simd::words_apart`] if `apart`.
+    pub(super) fn round(&mut self, machine: &Machine, x: &Tensor, apart: bool) -> FixedRows<'_> {
         let (tokens, cols) = (x.rows(), x.width());
-        let (stride, parts) = (cols.next_multiple_of(BLOCK), cols.div_ceil(FIXED_COLS));
+        let stride = cols.next_multiple_of(FIXED_GROUP * BLOCK);
+        let parts = cols.div_ceil(FIXED_COLS);
         self.levels.grow(tokens * stride);
         if self.scales.len() < tokens * parts {
             self.scales.resize(tokens * parts, 0.0);
@@ -46,7 +50,7 @@ impl Fixed {
         let rows = self.levels.chunks_exact_mut(stride).zip(self.scales.chunks_exact_mut(parts));
         let rows: Vec<_> = x.floats().chunks_exact(cols).zip(rows).collect();
         machine.each_of(tokens * cols < 64 * 1024, rows, |_worker, (x, (levels, scales))| {
-            machine.level.run(Round { x, levels, scales });
+            machine.level.run(Round { x, levels, scales, apart });
         });
         let (levels, scales) = (&self.levels[..tokens * stride], &self.scales[..tokens * parts]);
         FixedRows { levels, scales, stride, parts }
@@ -54,10 +58,18 @@ impl Fixed {
 }
 
 impl<'a> FixedRows<'a> {
-    /// The blocks of a row's part `part` of [`FIXED_COLS`], the last of which may be shorter.
+    /// The blocks of a row, whole groups of them, and the scales of its parts.
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize) -> (&'a [[i16; BLOCK]], &'a [f32]) {
+        let blocks = self.levels[row * self.stride..][..self.stride].as_chunks().0;
+        (blocks, &self.scales[row * self.parts..][..self.parts])
+    }
+
+    /// The blocks of a row's part `part` of [`FIXED_COLS`], the last of which may be shorter; whole
+    /// groups.
     #[inline(always)]
     pub(super) fn blocks(&self, row: usize, part: usize) -> &'a [[i16; BLOCK]] {
-        let blocks = self.levels[row * self.stride..][..self.stride].as_chunks().0;
+        let (blocks, _) = self.row(row);
         &blocks[part * FIXED_BLOCKS..blocks.len().min((part + 1) * FIXED_BLOCKS)]
     }
 
@@ -72,10 +84,11 @@ impl<'a> FixedRows<'a> {
 struct Round<'a> {
     /// `[cols]`.
     x: &'a [f32],
-    /// In whole blocks.
+    /// In whole groups of blocks.
     levels: &'a mut [i16],
     /// One a part.
     scales: &'a mut [f32],
+    apart: bool,
 }
 
 impl Kernel for Round<'_> {
@@ -94,10 +107,15 @@ impl Kernel for Round<'_> {
             let none = largest < f32::MIN_POSITIVE / ACTIVATION_STEP;
             *scale = if none { 0.0 } else { largest * ACTIVATION_STEP };
             let per_level = simd.splat(if none { 0.0 } else { 1.0 / *scale });
-            for (x, levels) in blocks().zip(levels.as_chunks_mut().0) {
+            let levels = levels.as_chunks_mut().0;
+            levels[x.len().div_ceil(BLOCK)..].fill([0; BLOCK]);
+            for (x, levels) in blocks().zip(&mut *levels) {
                 for i in 0..BLOCK / S::LANES {
                     simd.store_i16(levels, i, simd.mul(simd.load(x, i), per_level));
                 }
+            }
+            if self.apart {
+                levels.as_chunks_mut().0.iter_mut().for_each(|pair| simd.words_apart(pair));
             }
         }
     }

@@ -16,7 +16,7 @@ use std::marker::PhantomData;
 
 use half::f16;
 
-use super::fixed::{FIXED_BLOCKS, Fixed, FixedRows};
+use super::fixed::{FIXED_BLOCKS, FIXED_GROUP, Fixed, FixedRows};
 use super::simd::{BLOCK, Kernel, Simd};
 use super::strips::Strip;
 use super::tensor::{Aligned, Tensor};
@@ -48,7 +48,8 @@ pub(super) fn linear(
 ) {
     let many = (x.rows() >= FIXED_TOKENS).then_some(STRIP_ROWS);
     let (strips, small) = machine.product_strips(x, parts, out, many);
-    let x = fixed.round(machine, x);
+    let apart = many.is_none() && parts.iter().any(|part| part.format == MatrixFormat::Q4);
+    let x = fixed.round(machine, x, apart && Levels4::APART);
     machine.each_of(small, strips, |worker, Strip { piece, first, columns }| {
         let matrix = &parts[piece];
         let scratch = &mut scratch.of(worker);
@@ -86,17 +87,14 @@ impl<W: Levels> Kernel for Typed<'_, W> {
         if tokens >= FIXED_TOKENS {
             return product.many::<S, W>(simd);
         }
-        let rows = product.out.first().map_or(0, |out| out.len());
         let mut token = 0;
         while token < tokens {
             let tile = (tokens - token).min(S::TILE).min(4);
-            for row in 0..rows {
-                match tile {
-                    4 => product.few::<S, W, 4>(simd, row, token),
-                    3 => product.few::<S, W, 3>(simd, row, token),
-                    2 => product.few::<S, W, 2>(simd, row, token),
-                    _ => product.few::<S, W, 1>(simd, row, token),
-                }
+            match tile {
+                4 => product.few::<S, W, 4>(simd, token),
+                3 => product.few::<S, W, 3>(simd, token),
+                2 => product.few::<S, W, 2>(simd, token),
+                _ => product.few::<S, W, 1>(simd, token),
             }
             token += tile;
         }
@@ -104,67 +102,34 @@ impl<W: Levels> Kernel for Typed<'_, W> {
 }
 
 impl Product<'_> {
-    /// A row times `T` tokens.
+    /// All rows times `T` tokens.
     ///
     /// Rows come from memory, one after the other: processors foresee what lies ahead in one long
     /// stream, poorly in several short ones.
     #[inline(always)]
-    fn few<S: Simd, W: Levels, const T: usize>(&mut self, simd: S, row: usize, token: usize) {
-        let scales = self.matrix.row_scales(self.first + row);
-        let weights = Row::<W>::new(self.matrix.row(self.first + row), scales);
+    fn few<S: Simd, W: Levels, const T: usize>(&mut self, simd: S, token: usize) {
         let crowded = crowds(T * self.matrix.cols * size_of::<i16>());
-        // Four sums a token hide the latency of adding to one.
-        let mut sums = [[simd.splat(0.0); 4]; T];
-        for (part, raw) in weights.whole().chunks(FIXED_BLOCKS).enumerate() {
-            let scales = &scales[part * FIXED_BLOCKS..][..raw.len()];
-            let scales = scale_products(simd, scales, self.scales::<T>(token, part));
-            // Slices of equal length, and known to be so: the loops below check no index.
-            let x: [_; T] = std::array::from_fn(|t| &self.x.blocks(token + t, part)[..raw.len()]);
-            let (fours, last) = raw.as_chunks::<4>();
-            for (four, raw) in fours.iter().enumerate() {
-                if crowded {
-                    ask_ahead(simd, raw);
-                }
-                for i in 0..4 {
-                    let w = W::words(simd, &raw[i]);
-                    for t in 0..T {
-                        let dot = block_dot(simd, w, &x[t][4 * four + i]);
-                        let scale = simd.splat(scales[t][(4 * four + i) % FIXED_BLOCKS]);
-                        sums[t][i] = simd.fma(dot, scale, sums[t][i]);
-                    }
-                }
-            }
-            for (i, raw) in last.iter().enumerate() {
-                let (w, block) = (W::words(simd, raw), 4 * fours.len() + i);
+        let x: [_; T] = std::array::from_fn(|t| self.x.row(token + t));
+        let rows = self.out.first().map_or(0, |out| out.len());
+        for first in (0..rows).step_by(4) {
+            let count = 4.min(rows - first);
+            let mut totals = [[simd.splat(0.0); 4]; T];
+            for r in 0..count {
+                let row = self.first + first + r;
+                let weights = Row::<W>::new(self.matrix.row(row), self.matrix.row_scales(row));
+                let sums = row_sums::<S, W, T>(simd, &weights, x, crowded);
                 for t in 0..T {
-                    let dot = block_dot(simd, w, &x[t][block]);
-                    sums[t][i] = simd.fma(dot, simd.splat(scales[t][block]), sums[t][i]);
+                    let [a, b, c, d] = sums[t];
+                    totals[t][r] = simd.add(simd.add(a, b), simd.add(c, d));
+                }
+            }
+            for t in 0..T {
+                let out = &mut self.out[token + t][first..][..count];
+                for (out, y) in out.iter_mut().zip(simd.sum4(totals[t])) {
+                    *out = if self.add { *out + y } else { y };
                 }
             }
         }
-        if !weights.is_whole() {
-            let (part, block) =
-                (weights.whole().len() / FIXED_BLOCKS, weights.whole().len() % FIXED_BLOCKS);
-            let w = W::words(simd, &weights.rest());
-            let scale = weights.scale(weights.whole().len());
-            let x_scales = self.scales::<T>(token, part);
-            for t in 0..T {
-                let dot = block_dot(simd, w, &self.x.blocks(token + t, part)[block]);
-                let scale = simd.mul(simd.splat_f16(scale), simd.splat(x_scales[t]));
-                sums[t][3] = simd.fma(dot, scale, sums[t][3]);
-            }
-        }
-        for t in 0..T {
-            let y: f32 = simd.sum4(sums[t]).iter().sum();
-            let out = &mut self.out[token + t][row];
-            *out = if self.add { *out + y } else { y };
-        }
-    }
-
-    /// The scales of `T` tokens' part.
-    #[inline(always)]
-    fn scales<const T: usize>(&self, token: usize, part: usize) -> [f32; T] {
-        std::array::from_fn(|t| self.x.scale(token + t, part))
     }
 
     /// All rows times all tokens.
@@ -227,25 +192,85 @@ impl Product<'_> {
     }
 }
 
-/// The products of one block, spread over lanes.
+/// A row times `T` tokens, whose blocks and scales are `x`: four vectors for each to be added up.
 #[inline(always)]
-fn block_dot<S: Simd>(simd: S, w: S::Words, x: &[i16; BLOCK]) -> S::Floats {
-    simd.floats(simd.dot_words(simd.no_ints(), w, simd.words(x)))
+fn row_sums<S: Simd, W: Levels, const T: usize>(
+    simd: S,
+    weights: &Row<'_, W>,
+    x: [(&[[i16; BLOCK]], &[f32]); T],
+    crowded: bool,
+) -> [[S::Floats; 4]; T] {
+    // Four sums a token hide the latency of adding to one.
+    let mut sums = [[simd.splat(0.0); 4]; T];
+    let (whole, last) = weights.whole().as_chunks::<FIXED_BLOCKS>();
+    let (scales, _) = weights.scales().as_chunks::<FIXED_BLOCKS>();
+    // Slices of equal length, and known to be so: the loop below checks no index.
+    let scales = &scales[..whole.len()];
+    let whole_x = x.map(|(x, scales)| {
+        (&x.as_chunks::<FIXED_BLOCKS>().0[..whole.len()], &scales[..whole.len()])
+    });
+    for (part, raw) in whole.iter().enumerate() {
+        let x = whole_x.map(|(x, scales)| (&x[part][..], scales[part]));
+        add_part::<S, W, T>(simd, raw.as_chunks().0, &scales[part], x, crowded, &mut sums);
+    }
+    if !(last.is_empty() && weights.is_whole()) {
+        let (raw, scales) = padded(weights, last);
+        let blocks = last.len() + usize::from(!weights.is_whole());
+        let fours = &raw.as_chunks().0[..blocks.div_ceil(FIXED_GROUP)];
+        let part = whole.len();
+        let x = x.map(|(x, scales)| (&x[part * FIXED_BLOCKS..], scales[part]));
+        add_part::<S, W, T>(simd, fours, &scales, x, crowded, &mut sums);
+    }
+    sums
+}
+
+/// Adds the products of a part of a row.
+#[inline(always)]
+fn add_part<S: Simd, W: Levels, const T: usize>(
+    simd: S,
+    raw: &[[W::Raw; FIXED_GROUP]],
+    scales: &[f16; FIXED_BLOCKS],
+    x: [(&[[i16; BLOCK]], f32); T],
+    crowded: bool,
+    sums: &mut [[S::Floats; 4]; T],
+) {
+    let scales = scale_products(simd, scales, x.map(|(_, scale)| scale));
+    // Slices of equal length, as above.
+    let scales = scales.each_ref().map(|s| &s.as_chunks::<FIXED_GROUP>().0[..raw.len()]);
+    let x = x.map(|(x, _)| &x.as_chunks::<FIXED_GROUP>().0[..raw.len()]);
+    for (i, raw) in raw.iter().enumerate() {
+        if crowded {
+            ask_ahead(simd, raw);
+        }
+        W::add(simd, raw, x.map(|x| &x[i]), scales.map(|scales| &scales[i]), sums);
+    }
+}
+
+/// The last part of a row, which is not whole: its blocks, of which `whole` are, and their scales.
+fn padded<W: Levels>(
+    weights: &Row<'_, W>,
+    whole: &[W::Raw],
+) -> ([W::Raw; FIXED_BLOCKS], [f16; FIXED_BLOCKS]) {
+    let mut raw = [W::pad(&[]); FIXED_BLOCKS];
+    raw[..whole.len()].copy_from_slice(whole);
+    if !weights.is_whole() {
+        raw[whole.len()] = weights.rest();
+    }
+    let mut scales = [f16::ZERO; FIXED_BLOCKS];
+    let last = &weights.scales()[weights.whole().len() - whole.len()..];
+    scales[..last.len()].copy_from_slice(last);
+    (raw, scales)
 }
 
 /// The products of the scales of a part's blocks with those of each token.
 #[inline(always)]
 fn scale_products<S: Simd, const T: usize>(
     simd: S,
-    weights: &[f16],
+    weights: &[f16; FIXED_BLOCKS],
     tokens: [f32; T],
 ) -> [[f32; BLOCK]; T] {
     let mut bits = [0u8; 2 * BLOCK];
-    let bytes: &[u8] = bytemuck::cast_slice(weights);
-    match bytes.first_chunk::<{ 2 * FIXED_BLOCKS }>() {
-        Some(whole) => bits[..2 * FIXED_BLOCKS].copy_from_slice(whole),
-        None => bits[..bytes.len()].copy_from_slice(bytes),
-    }
+    bits[..2 * FIXED_BLOCKS].copy_from_slice(bytemuck::cast_slice(weights));
     let mut products = [[0.0; BLOCK]; T];
     for i in 0..FIXED_BLOCKS / S::LANES {
         let weights = simd.load_f16(&bits, i);

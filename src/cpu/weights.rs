@@ -11,7 +11,7 @@ const AHEAD: usize = 16 * 1024;
 /// A format of weights.
 pub(super) trait Weight {
     /// The bytes of a block of [`BLOCK`] columns.
-    type Raw: AsRef<[u8]>;
+    type Raw: AsRef<[u8]> + Copy;
 
     /// Whole blocks of a row, and what is left.
     fn split(row: &[u8]) -> (&[Self::Raw], &[u8]);
@@ -52,8 +52,18 @@ pub(super) trait Levels: Weight {
     /// Vector `i` of a block, without its scale. `#[inline(always)]`.
     fn level<S: Simd>(simd: S, raw: &Self::Raw, i: usize) -> S::Floats;
 
-    /// The integers of a block, without their scale. `#[inline(always)]`.
-    fn words<S: Simd>(simd: S, raw: &Self::Raw) -> S::Words;
+    /// Whether [`Levels::add`] takes activations in the order of [`Simd::words_apart`].
+    const APART: bool;
+
+    /// Adds the products of four blocks with those of `T` tokens, each times the scale of both.
+    /// `#[inline(always)]`.
+    fn add<S: Simd, const T: usize>(
+        simd: S,
+        raw: &[Self::Raw; 4],
+        x: [&[[i16; BLOCK]; 4]; T],
+        scales: [&[f32; 4]; T],
+        sums: &mut [[S::Floats; 4]; T],
+    );
 }
 
 macro_rules! weight {
@@ -138,9 +148,23 @@ impl Levels for Levels8 {
         Signed8::load(simd, raw, 0, i)
     }
 
+    const APART: bool = false;
+
     #[inline(always)]
-    fn words<S: Simd>(simd: S, raw: &[u8; BLOCK]) -> S::Words {
-        simd.words_i8(raw)
+    fn add<S: Simd, const T: usize>(
+        simd: S,
+        raw: &[[u8; BLOCK]; 4],
+        x: [&[[i16; BLOCK]; 4]; T],
+        scales: [&[f32; 4]; T],
+        sums: &mut [[S::Floats; 4]; T],
+    ) {
+        for i in 0..4 {
+            let w = simd.words_i8(&raw[i]);
+            for t in 0..T {
+                let dot = simd.floats(simd.dot_words(simd.no_ints(), w, simd.words(&x[t][i])));
+                sums[t][i] = simd.fma(dot, simd.splat(scales[t][i]), sums[t][i]);
+            }
+        }
     }
 }
 
@@ -152,9 +176,26 @@ impl Levels for Levels4 {
         Signed4::load(simd, raw, 0, i)
     }
 
+    const APART: bool = true;
+
     #[inline(always)]
-    fn words<S: Simd>(simd: S, raw: &[u8; BLOCK / 2]) -> S::Words {
-        simd.words_u4_less_8(raw)
+    fn add<S: Simd, const T: usize>(
+        simd: S,
+        raw: &[[u8; BLOCK / 2]; 4],
+        x: [&[[i16; BLOCK]; 4]; T],
+        scales: [&[f32; 4]; T],
+        sums: &mut [[S::Floats; 4]; T],
+    ) {
+        for (pair, raw) in raw.as_chunks::<2>().0.iter().enumerate() {
+            let i = 2 * pair;
+            let w = simd.words_u4_less_8(raw);
+            for t in 0..T {
+                let x = [simd.words(&x[t][i]), simd.words(&x[t][i + 1])];
+                let scales = [scales[t][i], scales[t][i + 1]];
+                let both = simd.add_apart([sums[t][i], sums[t][i + 1]], w, x, &scales);
+                [sums[t][i], sums[t][i + 1]] = both;
+            }
+        }
     }
 }
 

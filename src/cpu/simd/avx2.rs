@@ -353,17 +353,34 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn words_u4_less_8(self, from: &[u8; BLOCK / 2]) -> [__m256i; 2] {
-        let bytes = memory!(from[0, 16] => |p| _mm_loadu_si128(p.cast()));
-        simd! {
-            let words = |bytes| {
-                // The upper field of each byte goes to the upper half of a double word.
-                let pairs = _mm256_cvtepu8_epi32(bytes);
-                let pairs = _mm256_or_si256(pairs, _mm256_slli_epi32::<12>(pairs));
-                let fields = _mm256_and_si256(pairs, _mm256_set1_epi16(15));
-                _mm256_sub_epi16(fields, _mm256_set1_epi16(8))
+    fn words_u4_less_8(self, from: &[[u8; BLOCK / 2]; 2]) -> [[__m256i; 2]; 2] {
+        from.each_ref().map(|from| {
+            let bytes = memory!(from[0, 16] => |p| _mm_loadu_si128(p.cast()));
+            simd! {
+                let (words, eight) = (_mm256_cvtepu8_epi16(bytes), _mm256_set1_epi16(8));
+                let lower = _mm256_and_si256(words, _mm256_set1_epi16(15));
+                let upper = _mm256_srli_epi16::<4>(words);
+                [_mm256_sub_epi16(lower, eight), _mm256_sub_epi16(upper, eight)]
+            }
+        })
+    }
+
+    /// The first vector of a block has the lower fields, the second the upper ones.
+    #[inline(always)]
+    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 2]) {
+        for block in blocks {
+            let [a, b] = self.words(block);
+            let [lower, upper] = simd! {
+                let low = _mm256_set1_epi32(0xffff);
+                // Packing takes halves of both in turn.
+                let pack = |a, b| _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(a, b));
+                [
+                    pack(_mm256_and_si256(a, low), _mm256_and_si256(b, low)),
+                    pack(_mm256_srli_epi32::<16>(a), _mm256_srli_epi32::<16>(b)),
+                ]
             };
-            [words(bytes), words(_mm_srli_si128::<8>(bytes))]
+            memory!(mut block[0, 16] => |p| _mm256_storeu_si256(p.cast(), lower));
+            memory!(mut block[16, 16] => |p| _mm256_storeu_si256(p.cast(), upper));
         }
     }
 

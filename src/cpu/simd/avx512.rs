@@ -4,6 +4,20 @@ use std::arch::x86_64::*;
 
 use super::{BLOCK, Kernel, Simd, TERNARY_BLOCK};
 
+/// The places of every second word of two vectors, from the first on and from the second on.
+const EVEN: [i16; BLOCK] = every_second(0);
+const ODD: [i16; BLOCK] = every_second(1);
+
+const fn every_second(first: i16) -> [i16; BLOCK] {
+    let mut places = [first; BLOCK];
+    let mut i = 1;
+    while i < BLOCK {
+        places[i] = places[i - 1] + 2;
+        i += 1;
+    }
+    places
+}
+
 /// Exists only where the processor has the instructions.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Avx512(());
@@ -302,15 +316,43 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn words_u4_less_8(self, from: &[u8; BLOCK / 2]) -> __m512i {
-        let bytes = memory!(from[0, 16] => |p| _mm_loadu_si128(p.cast()));
+    fn words_u4_less_8(self, from: &[[u8; BLOCK / 2]; 2]) -> [__m512i; 2] {
+        let from: &[u8; BLOCK] = from.as_flattened().try_into().expect("two halves");
+        let bytes = memory!(from[0, 32] => |p| _mm256_loadu_si256(p.cast()));
         simd! {
-            // The upper field of each byte goes to the upper half of a double word.
-            let pairs = _mm512_cvtepu8_epi32(bytes);
-            let pairs = _mm512_or_si512(pairs, _mm512_slli_epi32::<12>(pairs));
-            let fields = _mm512_and_si512(pairs, _mm512_set1_epi16(15));
-            _mm512_sub_epi16(fields, _mm512_set1_epi16(8))
+            let (words, eight) = (_mm512_cvtepu8_epi16(bytes), _mm512_set1_epi16(8));
+            let lower = _mm512_and_si512(words, _mm512_set1_epi16(15));
+            let upper = _mm512_srli_epi16::<4>(words);
+            [_mm512_sub_epi16(lower, eight), _mm512_sub_epi16(upper, eight)]
         }
+    }
+
+    /// The first vector has the lower fields of both blocks, the second the upper ones.
+    #[inline(always)]
+    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 2]) {
+        let (a, b) = (self.words(&blocks[0]), self.words(&blocks[1]));
+        let (even, odd) = (self.words(&EVEN), self.words(&ODD));
+        let (lower, upper) =
+            simd!((_mm512_permutex2var_epi16(a, even, b), _mm512_permutex2var_epi16(a, odd, b)));
+        let [first, second] = blocks;
+        memory!(mut first[0, 32] => |p| _mm512_storeu_si512(p.cast(), lower));
+        memory!(mut second[0, 32] => |p| _mm512_storeu_si512(p.cast(), upper));
+    }
+
+    #[inline(always)]
+    fn add_apart(
+        self,
+        [sums, rest]: [__m512; 2],
+        a: [__m512i; 2],
+        b: [__m512i; 2],
+        scales: &[f32; 2],
+    ) -> [__m512; 2] {
+        let dot = self.dot_words(self.dot_words(self.no_ints(), a[0], b[0]), a[1], b[1]);
+        let scales = simd! {
+            // Lower and upper fields of the first block lie in the same half of a vector.
+            _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]))
+        };
+        [self.fma(self.floats(dot), scales, sums), rest]
     }
 
     #[inline(always)]

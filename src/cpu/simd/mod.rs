@@ -171,14 +171,34 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     fn words(self, from: &[i16; BLOCK]) -> Self::Words;
     /// Decodes a block of `i8`.
     fn words_i8(self, from: &[u8; BLOCK]) -> Self::Words;
-    /// Decodes a block of unsigned fields of 4 bits, the lowest bits of a byte first, less 8.
-    fn words_u4_less_8(self, from: &[u8; BLOCK / 2]) -> Self::Words;
+    /// Decodes two blocks of unsigned fields of 4 bits, the lowest bits of a byte first, less 8, in the
+    /// order of [`Simd::words_apart`].
+    fn words_u4_less_8(self, from: &[[u8; BLOCK / 2]; 2]) -> [Self::Words; 2];
+    /// Brings two blocks into the order in which it costs least to decode fields of 4 bits: those of
+    /// lower fields come first, of each block or of both.
+    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 2]);
     /// Zeros.
     fn no_ints(self) -> Self::Ints;
     /// Adds the products of two blocks, each to one of the lanes; sums must fit 32 bits.
     fn dot_words(self, sums: Self::Ints, a: Self::Words, b: Self::Words) -> Self::Ints;
     /// Rounds to floats.
     fn floats(self, ints: Self::Ints) -> Self::Floats;
+
+    /// Adds the products of two blocks in the order of [`Simd::words_apart`], each block's sum times
+    /// its scale, spread over the lanes of both `sums`.
+    #[inline(always)]
+    fn add_apart(
+        self,
+        sums: [Self::Floats; 2],
+        a: [Self::Words; 2],
+        b: [Self::Words; 2],
+        scales: &[f32; 2],
+    ) -> [Self::Floats; 2] {
+        std::array::from_fn(|i| {
+            let dot = self.floats(self.dot_words(self.no_ints(), a[i], b[i]));
+            self.fma(dot, self.splat(scales[i]), sums[i])
+        })
+    }
 
     /// Asks for the cache line that holds byte `at` of `from`, or would if it were that long.
     #[inline(always)]

@@ -327,19 +327,33 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     }
 
     #[inline(always)]
-    fn words_u4_less_8(self, from: &[u8; BLOCK / 2]) -> [int16x8_t; 4] {
-        let bytes = memory!(from[0, 16] => |p| vld1q_u8(p));
-        simd! {
-            let offset = vdupq_n_s8(8);
-            let lower = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), offset);
-            let upper = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8::<4>(bytes)), offset);
-            let (low, high) = (vzip1q_s8(lower, upper), vzip2q_s8(lower, upper));
-            [
-                vmovl_s8(vget_low_s8(low)),
-                vmovl_high_s8(low),
-                vmovl_s8(vget_low_s8(high)),
-                vmovl_high_s8(high),
-            ]
+    fn words_u4_less_8(self, from: &[[u8; BLOCK / 2]; 2]) -> [[int16x8_t; 4]; 2] {
+        from.each_ref().map(|from| {
+            let bytes = memory!(from[0, 16] => |p| vld1q_u8(p));
+            simd! {
+                let eight = vdupq_n_s8(8);
+                let lower = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), eight);
+                let upper = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8::<4>(bytes)), eight);
+                [
+                    vmovl_s8(vget_low_s8(lower)),
+                    vmovl_high_s8(lower),
+                    vmovl_s8(vget_low_s8(upper)),
+                    vmovl_high_s8(upper),
+                ]
+            }
+        })
+    }
+
+    /// The first half of a block has the lower fields, the second the upper ones.
+    #[inline(always)]
+    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 2]) {
+        for block in blocks {
+            let [a, b, c, d] = self.words(block);
+            let apart =
+                simd!([vuzp1q_s16(a, b), vuzp1q_s16(c, d), vuzp2q_s16(a, b), vuzp2q_s16(c, d)]);
+            for (i, words) in apart.into_iter().enumerate() {
+                memory!(mut block[8 * i, 8] => |p| vst1q_s16(p, words));
+            }
         }
     }
 

@@ -203,8 +203,21 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn words_u4_less_8(self, from: &[u8; BLOCK / 2]) -> [i16; BLOCK] {
-        std::array::from_fn(|i| i16::from(from[i / 2] >> (4 * (i % 2)) & 15) - 8)
+    fn words_u4_less_8(self, from: &[[u8; BLOCK / 2]; 2]) -> [[i16; BLOCK]; 2] {
+        from.map(|from| {
+            std::array::from_fn(|i| {
+                i16::from(from[i % (BLOCK / 2)] >> (4 * (i / (BLOCK / 2))) & 15) - 8
+            })
+        })
+    }
+
+    /// The first half of a block has the lower fields, the second the upper ones.
+    #[inline(always)]
+    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 2]) {
+        for block in blocks {
+            let words = *block;
+            *block = std::array::from_fn(|i| words[2 * (i % (BLOCK / 2)) + i / (BLOCK / 2)]);
+        }
     }
 
     #[inline(always)]
