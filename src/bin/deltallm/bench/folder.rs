@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use deltallm::{Error, write_whole};
 
@@ -69,24 +68,6 @@ fn slug(name: &str) -> String {
         }
     }
     if slug.is_empty() { "device".to_owned() } else { slug }
-}
-
-/// The commit at which the source tree of this program stands now, `+` for one with changes; nothing
-/// where the tree, or its repository, or git is gone.
-pub fn commit() -> Option<String> {
-    let git = |args: &[&str]| {
-        let tree = env!("CARGO_MANIFEST_DIR");
-        let output = Command::new("git").arg("-C").arg(tree).args(args).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    // A tree without a repository may lie within another one.
-    let top = std::fs::canonicalize(git(&["rev-parse", "--show-toplevel"])?).ok()?;
-    if top != std::fs::canonicalize(env!("CARGO_MANIFEST_DIR")).ok()? {
-        return None;
-    }
-    let commit = git(&["rev-parse", "--short", "HEAD"])?;
-    let changed = !git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty();
-    Some(if changed { commit + "+" } else { commit })
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use deltallm::checkpoint::ModelConfig;
 use serde_json::{Value, json};
 
 use super::subjects::{Device, Mode, Source};
-use super::{about, folder};
+use super::about;
 use crate::args::Weights;
 use crate::output::bytes;
 use crate::table::{aligned, quoted};
@@ -94,7 +94,7 @@ impl<'a> Report<'a> {
                 Weights::Q8 => "q8",
                 Weights::Q4 => "q4",
             },
-            commit: folder::commit(),
+            commit: option_env!("DELTALLM_COMMIT").map(str::to_owned),
         }
     }
 
