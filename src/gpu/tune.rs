@@ -44,7 +44,7 @@ pub struct Tuned {
 /// Gets how many of how many measurements are done.
 type Progress<'a> = &'a mut dyn FnMut(usize, usize) -> ControlFlow<()>;
 
-/// Measures every cut and every tile of every format on a device; takes a minute. `progress` gets how
+/// Measures every cut and every tile of every format on a device; takes about a minute. `progress` gets how
 /// many of how many are done; `Break` stops it with [`Error::Cancelled`].
 ///
 /// # Errors
