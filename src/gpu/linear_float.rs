@@ -76,11 +76,11 @@ impl Stream {
                 tokens: x.rows as u32,
             };
             let (kernel, grid) = if x.rows <= FEW_TOKENS {
-                let cut = *self.device.tuning.cuts.of(weights);
+                let cut = *self.tuning.cuts.of(weights);
                 let groups = block.rows.div_ceil(cut.rows as usize);
                 (Kernel::LinearFloat { weights, add, cut }, [groups, x.rows, 1])
             } else {
-                let tile = *self.device.tuning.tiles.of(weights);
+                let tile = *self.tuning.tiles.of(weights);
                 let grid = tile.grid(weights, block.rows, x.rows);
                 (Kernel::LinearFloatTiled { weights, add, tile }, grid)
             };

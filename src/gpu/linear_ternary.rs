@@ -75,12 +75,12 @@ impl Stream {
                 tokens: x.rows as u32,
             };
             let (kernel, grid) = if x.rows <= FEW_TOKENS {
-                let cut = self.device.tuning.cuts.ternary;
+                let cut = self.tuning.cuts.ternary;
                 let groups = block.rows.div_ceil(cut.rows as usize);
                 (Kernel::LinearTernary { add, cut }, [groups, x.rows, 1])
             } else {
                 let format = MatrixFormat::Ternary;
-                let tile = self.device.tuning.tiles.ternary.for_tokens(format, x.rows);
+                let tile = self.tuning.tiles.ternary.for_tokens(format, x.rows);
                 let grid = tile.grid(format, block.rows, x.rows);
                 (Kernel::LinearTernaryTiled { add, tile }, grid)
             };

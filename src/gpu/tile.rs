@@ -34,6 +34,8 @@ impl Tile {
         all.filter(move |tile| tile.bytes(format) <= MAX_BYTES)
     }
 
+    /// # Errors
+    /// [`Error::Parameter`] where it is none of [`Tile::all`].
     pub(super) fn check(self, format: MatrixFormat) -> Result<()> {
         if Self::all(format).any(|possible| possible == self) {
             return Ok(());
@@ -64,11 +66,11 @@ impl Tile {
     }
 
     /// For tensors with so few tokens that most of a tile would be computed for nothing: the same with
-    /// fewer, where that is worth a kernel.
+    /// fewer, where that is worth a kernel. Of floats it is not: an invocation takes eight at most.
     pub(super) fn of_fewer_tokens(self, format: MatrixFormat) -> Self {
-        match self.size(format)[1] {
-            ..16 => self,
-            _ => Self { tokens: (self.tokens / 4).max(2), ..self },
+        match (format, self.size(format)[1]) {
+            (MatrixFormat::Ternary, 16..) => Self { tokens: (self.tokens / 4).max(2), ..self },
+            _ => self,
         }
     }
 

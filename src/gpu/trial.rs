@@ -4,22 +4,23 @@ use std::time::{Duration, Instant};
 
 use half::f16;
 
-use super::Gpu;
+use super::{Gpu, Tuning};
 use crate::backend::{
     AttentionShape, Backend, DeviceKind, Footprint, Input, MatrixFormat, Operations, Step,
     StreamShape, TensorFormat, WEIGHT_STEP,
 };
 use crate::checkpoint::{FloatType, MatrixSource};
+use crate::cpu::Cpu;
 use crate::delta::Phase;
 use crate::error::Result;
 
-/// How long a way is measured.
-const TIME: Duration = Duration::from_millis(60);
+/// How long a measurement takes, where a single product does not take longer.
+const TIME: Duration = Duration::from_millis(20);
 
 /// What is multiplied.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Work {
-    format: MatrixFormat,
+    pub(super) format: MatrixFormat,
     /// Of the matrix.
     rows: usize,
     cols: usize,
@@ -71,11 +72,14 @@ pub(super) fn same(work: &Work, result: &[f32], right: &[f32]) -> bool {
     result.len() == right.len() && result.iter().zip(right).all(|(a, b)| (a - b).abs() <= apart)
 }
 
-/// A backend in the middle of a product: `y = W x`.
-struct Trial<B: Backend> {
+/// A backend in the middle of products: `y = W x`.
+pub(super) struct Trial<B: Backend> {
     stream: B::Stream,
     /// The same matrix several times.
     weights: Vec<B::Linear>,
+    /// Whose turn it is.
+    turn: usize,
+    amount: f64,
     x: B::Tensor,
     y: B::Tensor,
 }
@@ -106,7 +110,8 @@ impl<B: Backend> Trial<B> {
         let ids = vec![0; tokens];
         let phase = if tokens == 1 { Phase::Decode } else { Phase::Prefill { length: tokens } };
         stream.begin(&Step { input: Input::Tokens(&ids), position: 0, phase })?;
-        Ok(Self { stream, weights, x, y })
+        let amount = work.amount(weights[0].bytes());
+        Ok(Self { stream, weights, turn: 0, amount, x, y })
     }
 
     fn result(&mut self) -> Result<Vec<f32>> {
@@ -114,35 +119,48 @@ impl<B: Backend> Trial<B> {
         self.stream.read(&self.y)
     }
 
-    /// How long so many products take.
-    fn time(&mut self, count: usize) -> Result<Duration> {
+    /// How many seconds each of so many products takes.
+    fn time(&mut self, count: usize) -> Result<f64> {
         let start = Instant::now();
-        for weight in self.weights.iter().cycle().take(count) {
+        let turns = self.weights.iter().cycle().skip(self.turn).take(count);
+        for weight in turns {
             self.stream.linear(&self.x, weight, &mut self.y)?;
         }
+        self.turn = (self.turn + count) % self.weights.len();
         self.stream.submit()?;
         self.stream.wait()?;
-        Ok(start.elapsed())
+        Ok(start.elapsed().as_secs_f64() / count as f64)
     }
 }
 
-/// The result of a product.
-pub(super) fn product<B: Backend>(backend: &B, work: &Work) -> Result<Vec<f32>> {
-    Trial::new(backend, work, 1)?.result()
+/// The result of a product on the CPU.
+pub(super) fn expected(work: &Work) -> Result<Vec<f32>> {
+    Trial::new(&Cpu::new(None)?, work, 1)?.result()
 }
 
-/// The result of a product, and how fast it is.
-pub(super) fn measure(gpu: &Gpu, work: &Work) -> Result<(Vec<f32>, f64)> {
-    let mut trial = Trial::new(gpu, work, work.copies)?;
-    let result = trial.result()?;
-    // As many at once as fill the time, so that a submission weighs nothing; the best of three.
-    let once = trial.time(1)?.max(Duration::from_micros(1)).as_secs_f64();
-    let count = (TIME.as_secs_f64() / 3.0 / once).ceil().clamp(1.0, 1000.0) as usize;
-    let mut best = once;
-    for _ in 0..3 {
-        best = best.min(trial.time(count)?.as_secs_f64() / count as f64);
+impl Trial<Gpu> {
+    pub(super) fn on(gpu: &Gpu, work: &Work) -> Result<Self> {
+        Self::new(gpu, work, work.copies)
     }
-    Ok((result, work.amount(trial.weights[0].bytes()) / best))
+
+    /// The result of a product that is cut like this, and about how many seconds it takes.
+    pub(super) fn first(&mut self, tuning: Tuning) -> Result<(Vec<f32>, f64)> {
+        self.stream.tuning = tuning;
+        Ok((self.result()?, self.time(1)?))
+    }
+
+    /// How many seconds a product takes that is cut like this and takes `about` so many: as many at
+    /// once as fill the time, so that a submission weighs nothing.
+    pub(super) fn measure(&mut self, tuning: Tuning, about: f64) -> Result<f64> {
+        self.stream.tuning = tuning;
+        let count = TIME.as_secs_f64() / about.max(1e-6);
+        self.time(count.ceil().clamp(1.0, 1000.0) as usize)
+    }
+
+    /// What is done in a second where a product takes so many.
+    pub(super) fn speed(&self, seconds: f64) -> f64 {
+        self.amount / seconds
+    }
 }
 
 /// A matrix whose products tell rows and columns apart.

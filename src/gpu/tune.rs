@@ -4,14 +4,27 @@
 //! the caches since it was read last. And products of many, which reading a prompt consists of, and
 //! which multiply more than they read. What gives a result that is not the CPU's is not taken, however
 //! fast it is.
+//!
+//! The ways take turns: a machine that grows hot, or does something else meanwhile, is slower for all
+//! of them. What else it does can only make a way slower, so the fastest round of each counts.
 
 use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
 
-use super::trial::{Work, measure, product, same};
-use super::{Cut, Formats, Gpu, GpuOptions, Tile, Tuning, Tunings};
+use super::trial::{Trial, Work, expected, same};
+use super::{Cut, Gpu, GpuOptions, Tile, Tuning};
 use crate::backend::{DeviceInfo, MatrixFormat};
-use crate::cpu::Cpu;
 use crate::error::{Error, Result};
+
+/// How often each way is measured.
+const ROUNDS: usize = 5;
+
+/// A way that takes so many times as long as the fastest is not measured again: what disturbs a device
+/// rarely does so in each round.
+const TOO_SLOW: f64 = 2.0;
+
+/// No round begins after so long: a product that takes a second is measured well by fewer.
+const LONG: Duration = Duration::from_secs(5);
 
 /// One way to cut the products of one format, measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,6 +36,7 @@ pub struct Measurement<W> {
     /// Of cuts: bytes of weights read in a second. Of tiles: multiplications in a second.
     pub speed: f64,
     /// Whether the result was that of the CPU: to the bit for ternary matrices, else within rounding.
+    /// Not where the driver failed: then the speed is 0.
     pub right: bool,
 }
 
@@ -31,11 +45,11 @@ pub struct Measurement<W> {
 pub struct Tuned {
     /// Which device.
     pub device: DeviceInfo,
-    /// The fastest of all.
+    /// The fastest of all; formats that were not measured are as they were.
     pub tuning: Tuning,
     /// Tokens of the products that tiles were measured with.
     pub tokens: usize,
-    /// All cuts, by format; the default is the first of each.
+    /// All cuts, by format; the default of the kind of device is the first of each.
     pub cuts: Vec<Measurement<Cut>>,
     /// All tiles, likewise.
     pub tiles: Vec<Measurement<Tile>>,
@@ -44,79 +58,136 @@ pub struct Tuned {
 /// Gets how many of how many measurements are done.
 type Progress<'a> = &'a mut dyn FnMut(usize, usize) -> ControlFlow<()>;
 
-/// Measures every cut and every tile of every format on a device; takes about a minute. `progress` gets how
-/// many of how many are done; `Break` stops it with [`Error::Cancelled`].
+/// Measures every cut and every tile of these formats on a device; all of them take about half a minute.
+/// Formats that are not among them stay as `options` have them. `progress` gets how many of how many
+/// measurements are done; `Break` stops it with [`Error::Cancelled`].
 ///
 /// # Errors
 /// No such device, a fault of it, or too little memory; a format of which nothing gives right results.
-pub fn tune(options: &GpuOptions, progress: Progress<'_>) -> Result<Tuned> {
-    let device = Gpu::open(options)?.info().clone();
-    let kind = device.kind;
-    let ways = |format| 2 + Cut::all(format).count() + Tile::all(format).count();
-    let total = Tuning::FORMATS.into_iter().map(ways).sum();
-    let mut search = Search { options, device, progress, done: 0, total };
-    let one = |format| Work::one_token(kind, format);
-    let (cuts, best_cuts) = search.best(one, Cut::all, |tuning| &mut tuning.cuts)?;
-    let many = |format| Work::many_tokens(kind, format);
-    let (tiles, best_tiles) = search.best(many, Tile::all, |tuning| &mut tuning.tiles)?;
-    let tuning = Tuning { cuts: best_cuts, tiles: best_tiles };
-    let tokens = many(MatrixFormat::Ternary).tokens;
-    Ok(Tuned { device: search.device, tuning, tokens, cuts, tiles })
+pub fn tune(
+    options: &GpuOptions,
+    formats: &[MatrixFormat],
+    progress: Progress<'_>,
+) -> Result<Tuned> {
+    let gpu = Gpu::open(options)?;
+    let kind = gpu.info().kind;
+    let formats: Vec<_> = Tuning::FORMATS.into_iter().filter(|of| formats.contains(of)).collect();
+    let ways = |&format: &MatrixFormat| Cut::all(format).count() + Tile::all(format).count();
+    let total = (1 + ROUNDS) * formats.iter().map(ways).sum::<usize>();
+    let mut search = Search { options, tuning: gpu.device.tuning, gpu, progress, done: 0, total };
+    let (mut cuts, mut tiles) = (Vec::new(), Vec::new());
+    for &format in &formats {
+        let work = Work::one_token(kind, format);
+        cuts.extend(search.best(&work, Cut::all(format), |tuning| tuning.cuts.of_mut(format))?);
+    }
+    for &format in &formats {
+        let work = Work::many_tokens(kind, format);
+        tiles.extend(search.best(&work, Tile::all(format), |tuning| tuning.tiles.of_mut(format))?);
+    }
+    let tokens = Work::many_tokens(kind, MatrixFormat::Ternary).tokens;
+    let Search { gpu, tuning, .. } = search;
+    Ok(Tuned { device: gpu.info().clone(), tuning, tokens, cuts, tiles })
 }
 
 struct Search<'a> {
     options: &'a GpuOptions,
-    device: DeviceInfo,
+    gpu: Gpu,
+    /// The best so far.
+    tuning: Tuning,
     progress: Progress<'a>,
     done: usize,
     total: usize,
 }
 
+/// A way, and how many seconds it takes.
+struct Tried<W> {
+    way: W,
+    tuning: Tuning,
+    right: bool,
+    seconds: f64,
+}
+
 impl Search<'_> {
-    /// Does the work of every format in every way; the fastest ways that give right results.
-    fn best<W: Copy, All: Iterator<Item = W>>(
+    /// Does the work in every way, and takes the fastest that gives right results.
+    fn best<W: Copy + PartialEq>(
         &mut self,
-        work: impl Fn(MatrixFormat) -> Work,
-        all: impl Fn(MatrixFormat) -> All,
-        of: impl Fn(&mut Tuning) -> &mut Formats<W>,
-    ) -> Result<(Vec<Measurement<W>>, Formats<W>)> {
-        let mut default = Tuning::default_of(self.device.kind);
-        let (mut measurements, mut fastest) = (Vec::new(), *of(&mut default));
-        for format in Tuning::FORMATS {
-            let work = work(format);
-            let right = product(&Cpu::new(None)?, &work)?;
-            let mut best = 0.0;
-            let first = *of(&mut default).of(format);
-            for way in std::iter::once(first).chain(all(format)) {
-                if (self.progress)(self.done, self.total).is_break() {
-                    return Err(Error::Cancelled);
-                }
-                self.done += 1;
-                let mut tried = default;
-                *of(&mut tried).of_mut(format) = way;
-                let (result, speed) = measure(&self.open(tried)?, &work)?;
-                let right = same(&work, &result, &right);
-                if right && speed > best {
-                    best = speed;
-                    *fastest.of_mut(format) = way;
-                }
-                measurements.push(Measurement { format, way, speed, right });
-            }
-            if best == 0.0 {
-                return Err(Error::Device {
-                    device: self.device.name.clone(),
-                    what: format!("products with {} weights", format.name()),
-                    message: "no way of computing them gives right results".to_owned(),
-                });
-            }
+        work: &Work,
+        all: impl Iterator<Item = W>,
+        of: impl Fn(&mut Tuning) -> &mut W,
+    ) -> Result<Vec<Measurement<W>>> {
+        let default = *of(&mut Tuning::default_of(self.gpu.info().kind));
+        let mut tried = Vec::new();
+        for way in std::iter::once(default).chain(all.filter(|way| *way != default)) {
+            let mut tuning = self.tuning;
+            *of(&mut tuning) = way;
+            tried.push(Tried { way, tuning, right: true, seconds: f64::INFINITY });
         }
-        Ok((measurements, fastest))
+        let trial = self.measure(work, &mut tried)?;
+        let right = tried.iter().filter(|tried| tried.right);
+        let Some(best) = right.min_by(|a, b| a.seconds.total_cmp(&b.seconds)) else {
+            return Err(Error::Device {
+                device: self.gpu.info().name.clone(),
+                what: format!("products with {} weights", work.format.name()),
+                message: "no way of computing them gives right results".to_owned(),
+            });
+        };
+        *of(&mut self.tuning) = best.way;
+        let measurement = |Tried { way, right, seconds, .. }| Measurement {
+            format: work.format,
+            way,
+            speed: trial.speed(seconds),
+            right,
+        };
+        Ok(tried.into_iter().map(measurement).collect())
     }
 
-    /// The device, with its work cut like this.
-    fn open(&self, tuning: Tuning) -> Result<Gpu> {
-        let mut tunings = Tunings::default();
-        tunings.insert(&self.device, tuning);
-        Gpu::open(&GpuOptions { tunings, ..self.options.clone() })
+    /// Each once, to know which are right and about how long they take, and then in rounds.
+    fn measure<W>(&mut self, work: &Work, ways: &mut [Tried<W>]) -> Result<Trial<Gpu>> {
+        let expected = expected(work)?;
+        let mut trial = Trial::on(&self.gpu, work)?;
+        for way in &mut *ways {
+            self.step()?;
+            match trial.first(way.tuning) {
+                Ok((result, seconds)) => {
+                    (way.right, way.seconds) = (same(work, &result, &expected), seconds);
+                }
+                Err(error) => trial = self.without(way, work, &error)?,
+            }
+        }
+        let start = Instant::now();
+        for round in 0..ROUNDS {
+            let fastest = ways.iter().filter(|way| way.right).map(|way| way.seconds);
+            let limit = TOO_SLOW * fastest.fold(f64::INFINITY, f64::min);
+            let over = start.elapsed() > LONG;
+            for way in &mut *ways {
+                self.step()?;
+                // The first round is for all: a single product says little.
+                if !way.right || round > 0 && (over || way.seconds > limit) {
+                    continue;
+                }
+                match trial.measure(way.tuning, way.seconds) {
+                    Ok(seconds) if round == 0 => way.seconds = seconds,
+                    Ok(seconds) => way.seconds = way.seconds.min(seconds),
+                    Err(error) => trial = self.without(way, work, &error)?,
+                }
+            }
+        }
+        Ok(trial)
+    }
+
+    /// A kernel that a driver fails at is not taken, and may have taken the device with it.
+    fn without<W>(&mut self, way: &mut Tried<W>, work: &Work, error: &Error) -> Result<Trial<Gpu>> {
+        log::warn!("{error}: not taken");
+        (way.right, way.seconds) = (false, f64::INFINITY);
+        self.gpu = Gpu::open(self.options)?;
+        Trial::on(&self.gpu, work)
+    }
+
+    fn step(&mut self) -> Result<()> {
+        if (self.progress)(self.done, self.total).is_break() {
+            return Err(Error::Cancelled);
+        }
+        self.done += 1;
+        Ok(())
     }
 }

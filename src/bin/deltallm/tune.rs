@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use deltallm::backend::MatrixFormat;
 use deltallm::gpu::{Formats, GpuOptions, Measurement, Select, Tuned, Tuning, tune};
 use deltallm::{Cancel, Error};
 use serde::Serialize;
@@ -20,6 +21,10 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
 
+    /// Measure only products with these weights: ternary, f32, f16, bf16, q8, q4 [default: all]
+    #[arg(long, value_name = "FORMATS", value_delimiter = ',', value_parser = format)]
+    weights: Vec<MatrixFormat>,
+
     /// Measure, but remember nothing
     #[arg(long)]
     dry_run: bool,
@@ -27,6 +32,11 @@ pub struct Args {
     /// Every measurement as one JSON object
     #[arg(long)]
     json: bool,
+}
+
+fn format(name: &str) -> Result<MatrixFormat, String> {
+    let named = Tuning::FORMATS.into_iter().find(|format| format.name() == name);
+    named.ok_or_else(|| format!("weights are {}", Tuning::FORMATS.map(|of| of.name()).join(", ")))
 }
 
 /// Runs the command.
@@ -47,8 +57,11 @@ pub fn run(args: &Args) -> Outcome {
         None => Select::Hardware,
         Some(name) => Select::Named(name.to_owned()),
     };
-    let bar = count_bar(0, "ways");
-    let tuned = tune(&GpuOptions { select, ..GpuOptions::default() }, &mut |done, total| {
+    let formats = if args.weights.is_empty() { &Tuning::FORMATS[..] } else { &args.weights };
+    // What was found out of other formats stays.
+    let options = GpuOptions { select, tunings: tunings(), ..GpuOptions::default() };
+    let bar = count_bar(0, "measurements");
+    let tuned = tune(&options, formats, &mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
         if cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -125,7 +138,8 @@ fn table<W: Display + PartialEq>(
             best / default.speed
         )?;
         for m in measurements.iter().filter(of).filter(|m| !m.right) {
-            writeln!(out, "         {} gives wrong results on this driver", m.way)?;
+            let what = if m.speed > 0.0 { "gives wrong results on" } else { "fails on" };
+            writeln!(out, "         {} {what} this driver", m.way)?;
         }
     }
     Ok(())
