@@ -79,9 +79,12 @@ pub(super) struct Trial<B: Backend> {
     weights: Vec<B::Linear>,
     /// Whose turn it is.
     turn: usize,
+    /// What each of the products does.
     amount: f64,
     x: B::Tensor,
     y: B::Tensor,
+    /// Of `y`.
+    elements: usize,
 }
 
 impl<B: Backend> Trial<B> {
@@ -111,7 +114,7 @@ impl<B: Backend> Trial<B> {
         let phase = if tokens == 1 { Phase::Decode } else { Phase::Prefill { length: tokens } };
         stream.begin(&Step { input: Input::Tokens(&ids), position: 0, phase })?;
         let amount = work.amount(weights[0].bytes());
-        Ok(Self { stream, weights, turn: 0, amount, x, y })
+        Ok(Self { stream, weights, turn: 0, amount, x, y, elements: tokens * rows })
     }
 
     fn result(&mut self) -> Result<Vec<f32>> {
@@ -144,8 +147,10 @@ impl Trial<Gpu> {
     }
 
     /// The result of a product that is cut like this, and about how many seconds it takes.
-    pub(super) fn first(&mut self, tuning: Tuning) -> Result<(Vec<f32>, f64)> {
+    pub(super) fn first(&mut self, gpu: &Gpu, tuning: Tuning) -> Result<(Vec<f32>, f64)> {
         self.stream.tuning = tuning;
+        // A kernel that writes nothing must not find the right result of another.
+        gpu.write(&mut self.y, &vec![f32::NAN; self.elements])?;
         Ok((self.result()?, self.time(1)?))
     }
 
@@ -195,5 +200,35 @@ fn matrix(format: MatrixFormat, rows: usize, cols: usize) -> MatrixSource {
         MatrixFormat::Q8 => source.into_q8(),
         MatrixFormat::Q4 => source.into_q4(),
         _ => source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::{GpuOptions, Sabotage, Select};
+
+    /// All ways write to one tensor.
+    #[test]
+    fn a_kernel_that_does_nothing_is_not_taken_for_the_one_before() {
+        for (name, format) in
+            [("linear_float_tiled", MatrixFormat::Q8), ("linear_ternary", MatrixFormat::Ternary)]
+        {
+            let many = name.ends_with("tiled");
+            let options = GpuOptions {
+                select: Select::Named(String::new()),
+                sabotage: Sabotage(vec![name.to_owned()]),
+                ..GpuOptions::default()
+            };
+            let gpu = Gpu::open(&options).expect("a GPU or a software one");
+            let kind = DeviceKind::SoftwareGpu;
+            let work =
+                if many { Work::many_tokens(kind, format) } else { Work::one_token(kind, format) };
+            let right = expected(&work).expect("the CPU");
+            let mut trial = Trial::on(&gpu, &work).expect("a trial");
+            gpu.write(&mut trial.y, &right).expect("written");
+            let (result, _) = trial.first(&gpu, gpu.device.tuning).expect("a result");
+            assert!(!same(&work, &result, &right), "{name}");
+        }
     }
 }

@@ -147,11 +147,14 @@ impl Search<'_> {
         let mut trial = Trial::on(&self.gpu, work)?;
         for way in &mut *ways {
             self.step()?;
-            match trial.first(way.tuning) {
+            match trial.first(&self.gpu, way.tuning) {
                 Ok((result, seconds)) => {
                     (way.right, way.seconds) = (same(work, &result, &expected), seconds);
                 }
-                Err(error) => trial = self.without(way, work, &error)?,
+                Err(error) => {
+                    drop(trial);
+                    trial = self.without(way, work, &error)?;
+                }
             }
         }
         let start = Instant::now();
@@ -168,7 +171,10 @@ impl Search<'_> {
                 match trial.measure(way.tuning, way.seconds) {
                     Ok(seconds) if round == 0 => way.seconds = seconds,
                     Ok(seconds) => way.seconds = way.seconds.min(seconds),
-                    Err(error) => trial = self.without(way, work, &error)?,
+                    Err(error) => {
+                        drop(trial);
+                        trial = self.without(way, work, &error)?;
+                    }
                 }
             }
         }
