@@ -569,20 +569,39 @@ fn a_tuned_device_stays_tuned() {
         files.retain(|file| file.ends_with(Path::new("deltallm").join(name)));
         files
     };
-    let tried = json(&at_home(&["tune", "--device", &adapter, "--dry-run", "--json"]));
+    let tune = |formats: &str, more: &[&str]| {
+        at_home(&[&["tune", "--device", &adapter, "--weights", formats], more].concat())
+    };
+    let tried = json(&tune("ternary,q4,bf16", &["--dry-run", "--json"]));
     assert!(files("tunings.json").is_empty(), "a dry run remembers nothing");
-    let measurements = tried["measurements"].as_array().expect("measurements");
-    assert_eq!(measurements.len(), 6 * 13);
-    for m in measurements {
-        assert!(m["right"] == true && m["bytes_per_second"].as_f64() > Some(0.0), "{m}");
+    for (ways, speed) in [("cuts", "bytes_per_second"), ("tiles", "multiplications_per_second")] {
+        let measurements = tried[ways].as_array().expect("measurements");
+        let of = |format: &str| measurements.iter().filter(|m| m["format"] == format).count();
+        let found = ["ternary", "q4", "bf16"].map(|format| of(format));
+        assert!(found.into_iter().all(|count| count > 6), "{found:?}");
+        assert_eq!(found.into_iter().sum::<usize>(), measurements.len(), "others were measured");
+        for m in measurements {
+            assert!(m["right"] == true && m[speed].as_f64() > Some(0.0), "{m}");
+        }
     }
-    let output = at_home(&["tune", "--device", &adapter]);
-    for word in [&adapter, "ternary", "bf16", "q4", "times"] {
+    let output = tune("f32", &[]);
+    for word in [&adapter, "f32", "times", "products of 128 tokens"] {
         assert!(out(&output).contains(word), "{word}: {}", out(&output));
     }
     let found = files("tunings.json");
     let [file] = &found[..] else { panic!("{found:?}") };
     assert!(err(&output).contains(path(file)), "{}", err(&output));
+    // What is not measured stays as it is remembered.
+    let remembered = || {
+        let all: Value =
+            serde_json::from_str(&fs::read_to_string(file).expect("read")).expect("JSON");
+        all.as_object().and_then(|all| all.values().next()).expect("a device").clone()
+    };
+    let before = remembered();
+    tune("f16,q8", &[]);
+    for format in ["ternary", "f32", "bf16", "q4"] {
+        assert_eq!(remembered()[format], before[format], "{format}");
+    }
     let generate = ["generate", "Anna", "-n", "4", "--device", &adapter, "--temperature", "0"];
     assert!(files("self-tests.json").is_empty(), "nothing was run yet");
     let text = out(&at_home(&generate));

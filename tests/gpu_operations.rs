@@ -5,7 +5,7 @@ mod gpu_common;
 
 use deltallm::backend::{Backend, DeviceKind};
 use deltallm::conformance;
-use deltallm::gpu::{Cut, Gpu, GpuOptions, Tuning, Tunings};
+use deltallm::gpu::{Cut, Gpu, GpuOptions, Tile, Tuning, Tunings};
 use gpu_common::{any, open};
 
 fn conforms(options: GpuOptions) {
@@ -69,8 +69,10 @@ fn conforms_with_matrices_in_pieces() {
 fn products_conform_however_they_are_cut() {
     let mut others = Tuning::default_of(DeviceKind::DiscreteGpu);
     for format in Tuning::FORMATS {
-        let cut = others.of_mut(format);
+        let cut = others.cuts.of_mut(format);
         *cut = Cut { workgroup: 32, rows: 2 * cut.rows };
+        let tile = others.tiles.of_mut(format);
+        *tile = Tile { workgroup: 64, rows: 2 * tile.rows, tokens: 2 * tile.tokens };
     }
     for tuning in [Tuning::default_of(DeviceKind::DiscreteGpu), others] {
         for subgroups in [true, false] {
@@ -79,5 +81,22 @@ fn products_conform_however_they_are_cut() {
             tunings.insert(open(options.clone()).device(), tuning);
             some_conform(GpuOptions { tunings, ..options }, "linear");
         }
+    }
+}
+
+/// The table's sums come out of every tile there is.
+#[test]
+fn products_conform_with_every_tile() {
+    let all = Tuning::FORMATS.map(|format| Tile::all(format).collect::<Vec<_>>());
+    let most = all.iter().map(Vec::len).max().unwrap_or(0);
+    let device = open(any()).device().clone();
+    for at in 0..most {
+        let mut tuning = Tuning::default_of(device.kind);
+        for (format, tiles) in Tuning::FORMATS.into_iter().zip(&all) {
+            *tuning.tiles.of_mut(format) = tiles[at % tiles.len()];
+        }
+        let mut tunings = Tunings::default();
+        tunings.insert(&device, tuning);
+        some_conform(GpuOptions { tunings, ..any() }, "linear");
     }
 }

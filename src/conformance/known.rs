@@ -140,7 +140,8 @@ fn float(format: MatrixFormat) -> Option<FloatFormat> {
     FLOATS.into_iter().find(|float| float.0 == format.name())
 }
 
-/// Products of one token, of a few and of many, each with and without a sum.
+/// Products of one token, of a few and of many, each with and without a sum: as few and as many as are
+/// multiplied in the smallest and in the largest tiles of any device.
 fn product<B: Backend>(format: MatrixFormat) -> Question<B> {
     let name = format!("{} weights", format.name());
     match float(format) {
@@ -151,7 +152,7 @@ fn product<B: Backend>(format: MatrixFormat) -> Question<B> {
         None => Question::new("linear_ternary", name, move |backend: &B| {
             let mut inputs = Inputs::new(108);
             let stack = scaled_stack(&mut inputs);
-            ternary_of(backend, &mut inputs, &stack, &[1, 2, 17, 18, 33, 34])
+            ternary_of(backend, &mut inputs, &stack, &[1, 2, 5, 6, 65, 66])
         }),
     }
 }

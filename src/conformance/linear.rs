@@ -12,8 +12,9 @@ use crate::delta::Phase;
 use crate::error::Result;
 use crate::reference::Reference;
 
-/// Tokens of a step: about where a backend may switch from matrix-vector to matrix-matrix kernels.
-const ROWS: [usize; 8] = [1, 2, 3, 5, 7, 8, 17, 33];
+/// Tokens of a step: about where a backend may switch from matrix-vector to matrix-matrix kernels, and
+/// from small tiles to large ones; every second adds, and each kernel is to do both.
+const ROWS: [usize; 10] = [1, 2, 3, 5, 7, 8, 17, 33, 65, 66];
 
 /// A float weight format: its name, how the file stores it, and what becomes of that.
 pub(super) type FloatFormat = (&'static str, FloatType, fn(MatrixSource) -> MatrixSource);

@@ -290,7 +290,7 @@ impl Device {
             driver: adapter.driver,
             features: names,
         };
-        let tuning = options.tunings.of(&info).copied();
+        let tuning = options.tunings.of(&info);
         let tuning = tuning.unwrap_or_else(|| Tuning::default_of(info.kind));
         tuning.check()?;
         let self_test = SelfTest::new(options, &info, &tuning);

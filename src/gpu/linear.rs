@@ -5,7 +5,6 @@
 
 use super::buffer::Buffer;
 use super::device::Device;
-use super::linear_ternary;
 use super::shader::Kernel;
 use super::stream::Stream;
 use super::tensor::{Tensor, padded};
@@ -128,17 +127,18 @@ impl Linear {
 
 /// The kernels of a format: those of many tokens, and of few.
 pub(super) fn kernels(format: MatrixFormat, tuning: &Tuning) -> (Vec<Kernel>, Vec<Kernel>) {
-    let cut = tuning.of(format);
+    let (cut, tile) = (*tuning.cuts.of(format), *tuning.tiles.of(format));
     let adds = [false, true].into_iter();
     if format == MatrixFormat::Ternary {
-        let tiles = |add| {
-            let tile = move |tokens| Kernel::LinearTernaryTiled { add, tokens };
-            linear_ternary::TILE_TOKENS.into_iter().rev().map(tile)
+        // What is announced twice is compiled once.
+        let tiles = move |add| {
+            let tiles = [tile, tile.of_fewer_tokens(format)].into_iter();
+            tiles.map(move |tile| Kernel::LinearTernaryTiled { add, tile })
         };
         let few = adds.clone().map(|add| Kernel::LinearTernary { add, cut });
         (adds.flat_map(tiles).collect(), few.collect())
     } else {
-        let many = adds.clone().map(|add| Kernel::LinearFloatTiled { weights: format, add });
+        let many = adds.clone().map(|add| Kernel::LinearFloatTiled { weights: format, add, tile });
         let few = adds.map(|add| Kernel::LinearFloat { weights: format, add, cut });
         (many.collect(), few.collect())
     }

@@ -4,6 +4,7 @@ use super::linear::{FEW_TOKENS, Linear};
 use super::shader::{Abilities, Binding, Kernel, Program, reduce, weights, wgsl};
 use super::stream::Stream;
 use super::tensor::Tensor;
+use super::tile::Tile;
 use super::tuning::Cut;
 use crate::backend::MatrixFormat;
 use crate::error::Result;
@@ -39,10 +40,17 @@ pub(super) fn program(format: MatrixFormat, add: bool, cut: Cut, abilities: Abil
     }
 }
 
-pub(super) fn tiled_program(format: MatrixFormat, add: bool, abilities: Abilities) -> Program {
+pub(super) fn tiled_program(
+    format: MatrixFormat,
+    add: bool,
+    tile: Tile,
+    abilities: Abilities,
+) -> Program {
     let (weights, f16) = weights(format, abilities);
+    let mut constants = tile.constants(format);
+    constants.push(("ACCUMULATE", add.into()));
     Program {
-        constants: vec![("ACCUMULATE", add.into())],
+        constants,
         parts: vec![weights, wgsl!("linear_float_tiled.wgsl")],
         bindings: bindings(format),
         f16,
@@ -68,12 +76,13 @@ impl Stream {
                 tokens: x.rows as u32,
             };
             let (kernel, grid) = if x.rows <= FEW_TOKENS {
-                let cut = self.device.tuning.of(weights);
+                let cut = *self.tuning.cuts.of(weights);
                 let groups = block.rows.div_ceil(cut.rows as usize);
                 (Kernel::LinearFloat { weights, add, cut }, [groups, x.rows, 1])
             } else {
-                let grid = [block.rows.div_ceil(64), x.rows.div_ceil(64), 1];
-                (Kernel::LinearFloatTiled { weights, add }, grid)
+                let tile = *self.tuning.tiles.of(weights);
+                let grid = tile.grid(weights, block.rows, x.rows);
+                (Kernel::LinearFloatTiled { weights, add, tile }, grid)
             };
             let mut buffers = vec![&block.weights, &x.data, &out.data];
             buffers.extend(&block.scales);

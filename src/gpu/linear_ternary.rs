@@ -4,11 +4,10 @@ use super::linear::{FEW_TOKENS, Linear};
 use super::shader::{Abilities, Binding, Kernel, Program, dot, reduce, wgsl};
 use super::stream::Stream;
 use super::tensor::Tensor;
+use super::tile::Tile;
 use super::tuning::Cut;
+use crate::backend::MatrixFormat;
 use crate::error::Result;
-
-/// Register blocks of the tiled kernel, in tokens: tiles of 16 and 64.
-pub(super) const TILE_TOKENS: [u32; 2] = [2, 8];
 
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -39,9 +38,11 @@ pub(super) fn program(add: bool, cut: Cut, abilities: Abilities) -> Program {
     }
 }
 
-pub(super) fn tiled_program(add: bool, tokens: u32, abilities: Abilities) -> Program {
+pub(super) fn tiled_program(add: bool, tile: Tile, abilities: Abilities) -> Program {
+    let mut constants = tile.constants(MatrixFormat::Ternary);
+    constants.push(("ACCUMULATE", add.into()));
     Program {
-        constants: vec![("TOKENS", tokens), ("ACCUMULATE", add.into())],
+        constants,
         parts: vec![
             dot(abilities),
             wgsl!("common/ternary.wgsl"),
@@ -74,14 +75,14 @@ impl Stream {
                 tokens: x.rows as u32,
             };
             let (kernel, grid) = if x.rows <= FEW_TOKENS {
-                let cut = self.device.tuning.ternary;
+                let cut = self.tuning.cuts.ternary;
                 let groups = block.rows.div_ceil(cut.rows as usize);
                 (Kernel::LinearTernary { add, cut }, [groups, x.rows, 1])
             } else {
-                let tokens = if x.rows <= 32 { TILE_TOKENS[0] } else { TILE_TOKENS[1] };
-                let tiles = x.rows.div_ceil(8 * tokens as usize);
-                let kernel = Kernel::LinearTernaryTiled { add, tokens };
-                (kernel, [block.rows.div_ceil(32), tiles, 1])
+                let format = MatrixFormat::Ternary;
+                let tile = self.tuning.tiles.ternary.for_tokens(format, x.rows);
+                let grid = tile.grid(format, block.rows, x.rows);
+                (Kernel::LinearTernaryTiled { add, tile }, grid)
             };
             let buffers = [&block.weights, segments, &x.data, scales, &out.data];
             self.recorder.work(4 * block.rows * weight.cols * x.rows)?;

@@ -8,7 +8,7 @@
 //! | `buffer`, `tensor`, `linear`, `cache` | what lies on the device |
 //! | `image` | a cache read back, and restored |
 //! | `shader`, `pipeline`, `pipelines` | the table of kernels, linking them, and compiling them ahead |
-//! | `tuning`, `tune` | how work is cut for a device, and finding that out |
+//! | `tuning`, `tile`, `tune`, `trial` | how work is cut for a device, and finding that out |
 //! | `self_test`, `findings` | known answers before a device is trusted, and remembering them |
 //! | `doctor`, `sabotage` | all known answers in every variant; kernels broken on purpose |
 //! | `recorder`, `stream` | a session's operations, submitted once a step |
@@ -45,7 +45,9 @@ mod self_test;
 mod shader;
 mod stream;
 mod tensor;
+mod tile;
 mod timer;
+mod trial;
 mod tune;
 mod tuning;
 mod wait;
@@ -63,8 +65,9 @@ pub use sabotage::Sabotage;
 pub use shader::{Abilities, ShaderSource, shader_sources};
 pub use stream::Stream;
 pub use tensor::{Norm, Rope, Tensor};
+pub use tile::Tile;
 pub use tune::{Measurement, Tuned, tune};
-pub use tuning::{Cut, Tuning, Tunings};
+pub use tuning::{Cut, Formats, Tuning, Tunings};
 
 use crate::backend::{
     Backend, CacheShape, DeviceInfo, Footprint, MatrixFormat, ModelPlan, ReadSpeed, StreamShape,
@@ -254,7 +257,7 @@ fn kernels_of(plan: &ModelPlan, tuning: &Tuning) -> Vec<Kernel> {
         vec4: intermediate.is_multiple_of(4),
     });
     kernels.push(Kernel::Norm { out: TensorFormat::F32 });
-    kernels.push(Kernel::LinearFloat { weights: head, add: false, cut: tuning.of(head) });
+    kernels.push(Kernel::LinearFloat { weights: head, add: false, cut: *tuning.cuts.of(head) });
     for first in [true, false] {
         kernels.extend([Kernel::SampleBest { first }, Kernel::SampleTop { first }]);
     }

@@ -11,6 +11,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::cache::{PageKeys, PageKind, ValueStore};
+use super::tile::Tile;
 use super::tuning::Cut;
 use super::{
     attention, embed, encode_keys, gate, linear_float, linear_ternary, multiply_speed, norm,
@@ -102,10 +103,9 @@ pub(super) enum Kernel {
         add: bool,
         cut: Cut,
     },
-    /// `tokens`: a register block, an eighth of the tile.
     LinearTernaryTiled {
         add: bool,
-        tokens: u32,
+        tile: Tile,
     },
     LinearFloat {
         weights: MatrixFormat,
@@ -115,6 +115,7 @@ pub(super) enum Kernel {
     LinearFloatTiled {
         weights: MatrixFormat,
         add: bool,
+        tile: Tile,
     },
     /// `compressed`: whether keys go to the ring of originals.
     RopeAppend {
@@ -207,14 +208,14 @@ impl Kernel {
             Self::Embed { table } => embed::program(table, abilities),
             Self::Norm { out } => norm::program(out, abilities),
             Self::LinearTernary { add, cut } => linear_ternary::program(add, cut, abilities),
-            Self::LinearTernaryTiled { add, tokens } => {
-                linear_ternary::tiled_program(add, tokens, abilities)
+            Self::LinearTernaryTiled { add, tile } => {
+                linear_ternary::tiled_program(add, tile, abilities)
             }
             Self::LinearFloat { weights, add, cut } => {
                 linear_float::program(weights, add, cut, abilities)
             }
-            Self::LinearFloatTiled { weights, add } => {
-                linear_float::tiled_program(weights, add, abilities)
+            Self::LinearFloatTiled { weights, add, tile } => {
+                linear_float::tiled_program(weights, add, tile, abilities)
             }
             Self::RopeAppend { exact, compressed, values } => {
                 rope_append::program(exact, compressed, values)
@@ -260,15 +261,15 @@ impl Kernel {
             all.push(Self::Embed { table: weights });
             for add in [false, true] {
                 all.extend(Cut::all(weights).map(|cut| Self::LinearFloat { weights, add, cut }));
-                all.push(Self::LinearFloatTiled { weights, add });
+                let tiles = Tile::all(weights);
+                all.extend(tiles.map(|tile| Self::LinearFloatTiled { weights, add, tile }));
             }
         }
         for add in [false, true] {
             let cuts = Cut::all(MatrixFormat::Ternary);
             all.extend(cuts.map(|cut| Self::LinearTernary { add, cut }));
-            for tokens in linear_ternary::TILE_TOKENS {
-                all.push(Self::LinearTernaryTiled { add, tokens });
-            }
+            let tiles = Tile::all(MatrixFormat::Ternary);
+            all.extend(tiles.map(|tile| Self::LinearTernaryTiled { add, tile }));
         }
         for out in tensors {
             all.push(Self::Norm { out });

@@ -11,6 +11,7 @@ use super::encode_keys::Usage;
 use super::linear::Linear;
 use super::recorder::{Counters, Recorder};
 use super::tensor::{Norm, Rope, RowScale, Tensor};
+use super::tuning::Tuning;
 use super::{attention, sample};
 use crate::backend::{
     Activation, Activity, Footprint, Input, KernelTime, Operations, Step, StreamShape, TensorFormat,
@@ -35,6 +36,8 @@ pub(super) struct Current {
 /// Records a session's operations and reads their results.
 pub struct Stream {
     pub(super) device: Arc<Device>,
+    /// The device's; only who measures others changes it.
+    pub(super) tuning: Tuning,
     pub(super) shape: StreamShape,
     pub(super) step: Current,
     pub(super) recorder: Recorder,
@@ -58,6 +61,7 @@ impl Stream {
             sampling: sample::Scratch::new(&device, shape)?,
             usage: Usage::default(),
             readback: None,
+            tuning: device.tuning,
             device,
         })
     }

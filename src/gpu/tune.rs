@@ -1,50 +1,42 @@
 //! Finds out how the work is best cut for a device, by doing it in every way.
 //!
 //! Products of one token are measured, which decoding consists of: each reads a matrix that has left
-//! the caches since it was read last. A cut whose result is not the CPU's is not taken, however fast
-//! it is.
+//! the caches since it was read last. And products of many, which reading a prompt consists of, and
+//! which multiply more than they read. What gives a result that is not the CPU's is not taken, however
+//! fast it is.
+//!
+//! The ways take turns: a machine that grows hot, or does something else meanwhile, is slower for all
+//! of them. What else it does can only make a way slower, so the fastest round of each counts.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use half::f16;
-
-use super::{Cut, Gpu, GpuOptions, Tuning, Tunings};
-use crate::backend::{
-    AttentionShape, Backend, DeviceInfo, DeviceKind, Footprint, Input, MatrixFormat, Operations,
-    Step, StreamShape, TensorFormat,
-};
-use crate::checkpoint::{FloatType, MatrixSource};
-use crate::cpu::Cpu;
-use crate::delta::Phase;
+use super::trial::{Trial, Work, expected, same};
+use super::{Cut, Gpu, GpuOptions, Tile, Tuning};
+use crate::backend::{DeviceInfo, MatrixFormat};
 use crate::error::{Error, Result};
 
-/// Bytes of the matrix of each format: beyond the caches of integrated GPUs, within WebGPU's
-/// smallest limit.
-const BYTES: usize = 48 << 20;
+/// How often each way is measured.
+const ROUNDS: usize = 5;
 
-/// Copies of it that discrete GPUs take turns with: their caches may hold a hundred megabytes.
-const DISCRETE_COPIES: usize = 6;
+/// A way that takes so many times as long as the fastest is not measured again: what disturbs a device
+/// rarely does so in each round.
+const TOO_SLOW: f64 = 2.0;
 
-/// The same for software renderers, which are bound by work and not by memory.
-const SOFTWARE_BYTES: usize = 2 << 20;
+/// No round begins after so long: a product that takes a second is measured well by fewer.
+const LONG: Duration = Duration::from_secs(5);
 
-/// Columns: the width of BitNet-2B.
-const COLS: usize = 2560;
-
-/// How long a cut is measured.
-const TIME: Duration = Duration::from_millis(60);
-
-/// One cut of one format, measured.
+/// One way to cut the products of one format, measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Measurement {
+pub struct Measurement<W> {
     /// Of the matrix.
     pub format: MatrixFormat,
-    /// How it was cut.
-    pub cut: Cut,
-    /// Bytes of weights read in a second.
-    pub bytes_per_second: f64,
+    /// How the work was cut.
+    pub way: W,
+    /// Of cuts: bytes of weights read in a second. Of tiles: multiplications in a second.
+    pub speed: f64,
     /// Whether the result was that of the CPU: to the bit for ternary matrices, else within rounding.
+    /// Not where the driver failed: then the speed is 0.
     pub right: bool,
 }
 
@@ -53,178 +45,155 @@ pub struct Measurement {
 pub struct Tuned {
     /// Which device.
     pub device: DeviceInfo,
-    /// The fastest cuts.
+    /// The fastest of all; formats that were not measured are as they were.
     pub tuning: Tuning,
-    /// All measurements, by format; the default's is the first of each.
-    pub measurements: Vec<Measurement>,
+    /// Tokens of the products that tiles were measured with.
+    pub tokens: usize,
+    /// All cuts, by format; the default of the kind of device is the first of each.
+    pub cuts: Vec<Measurement<Cut>>,
+    /// All tiles, likewise.
+    pub tiles: Vec<Measurement<Tile>>,
 }
 
-/// Measures every cut of every format on a device; takes some ten seconds on a GPU. `progress` gets
-/// how many of how many are done; `Break` stops it with [`Error::Cancelled`].
+/// Gets how many of how many measurements are done.
+type Progress<'a> = &'a mut dyn FnMut(usize, usize) -> ControlFlow<()>;
+
+/// Measures every cut and every tile of these formats on a device; all of them take about half a minute.
+/// Formats that are not among them stay as `options` have them. `progress` gets how many of how many
+/// measurements are done; `Break` stops it with [`Error::Cancelled`].
 ///
 /// # Errors
-/// No such device, a fault of it, or too little memory; a format of which no cut gives right results.
+/// No such device, a fault of it, or too little memory; a format of which nothing gives right results.
 pub fn tune(
     options: &GpuOptions,
-    progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
+    formats: &[MatrixFormat],
+    progress: Progress<'_>,
 ) -> Result<Tuned> {
-    let device = Gpu::open(options)?.info().clone();
-    let cuts = Cut::all(MatrixFormat::Ternary).count();
-    let total = Tuning::FORMATS.len() * (1 + cuts);
-    let default = Tuning::default_of(device.kind);
-    let (mut measurements, mut tuning) = (Vec::new(), default);
-    for format in Tuning::FORMATS {
-        let right = product(&Cpu::new(None)?, format, bytes_of(device.kind))?;
-        let mut best = 0.0;
-        for cut in std::iter::once(default.of(format)).chain(Cut::all(format)) {
-            if progress(measurements.len(), total).is_break() {
-                return Err(Error::Cancelled);
-            }
-            let mut tried = default;
-            *tried.of_mut(format) = cut;
-            let mut tunings = Tunings::default();
-            tunings.insert(&device, tried);
-            let gpu = Gpu::open(&GpuOptions { tunings, ..options.clone() })?;
-            let (result, bytes_per_second) = measure(&gpu, format)?;
-            let right = same(format, &result, &right);
-            if right && bytes_per_second > best {
-                best = bytes_per_second;
-                *tuning.of_mut(format) = cut;
-            }
-            measurements.push(Measurement { format, cut, bytes_per_second, right });
+    let gpu = Gpu::open(options)?;
+    let kind = gpu.info().kind;
+    let formats: Vec<_> = Tuning::FORMATS.into_iter().filter(|of| formats.contains(of)).collect();
+    let ways = |&format: &MatrixFormat| Cut::all(format).count() + Tile::all(format).count();
+    let total = (1 + ROUNDS) * formats.iter().map(ways).sum::<usize>();
+    let mut search = Search { options, tuning: gpu.device.tuning, gpu, progress, done: 0, total };
+    let (mut cuts, mut tiles) = (Vec::new(), Vec::new());
+    for &format in &formats {
+        let work = Work::one_token(kind, format);
+        cuts.extend(search.best(&work, Cut::all(format), |tuning| tuning.cuts.of_mut(format))?);
+    }
+    for &format in &formats {
+        let work = Work::many_tokens(kind, format);
+        tiles.extend(search.best(&work, Tile::all(format), |tuning| tuning.tiles.of_mut(format))?);
+    }
+    let tokens = Work::many_tokens(kind, MatrixFormat::Ternary).tokens;
+    let Search { gpu, tuning, .. } = search;
+    Ok(Tuned { device: gpu.info().clone(), tuning, tokens, cuts, tiles })
+}
+
+struct Search<'a> {
+    options: &'a GpuOptions,
+    gpu: Gpu,
+    /// The best so far.
+    tuning: Tuning,
+    progress: Progress<'a>,
+    done: usize,
+    total: usize,
+}
+
+/// A way, and how many seconds it takes.
+struct Tried<W> {
+    way: W,
+    tuning: Tuning,
+    right: bool,
+    seconds: f64,
+}
+
+impl Search<'_> {
+    /// Does the work in every way, and takes the fastest that gives right results.
+    fn best<W: Copy + PartialEq>(
+        &mut self,
+        work: &Work,
+        all: impl Iterator<Item = W>,
+        of: impl Fn(&mut Tuning) -> &mut W,
+    ) -> Result<Vec<Measurement<W>>> {
+        let default = *of(&mut Tuning::default_of(self.gpu.info().kind));
+        let mut tried = Vec::new();
+        for way in std::iter::once(default).chain(all.filter(|way| *way != default)) {
+            let mut tuning = self.tuning;
+            *of(&mut tuning) = way;
+            tried.push(Tried { way, tuning, right: true, seconds: f64::INFINITY });
         }
-        if best == 0.0 {
+        let trial = self.measure(work, &mut tried)?;
+        let right = tried.iter().filter(|tried| tried.right);
+        let Some(best) = right.min_by(|a, b| a.seconds.total_cmp(&b.seconds)) else {
             return Err(Error::Device {
-                device: device.name,
-                what: format!("products with {} weights", format.name()),
+                device: self.gpu.info().name.clone(),
+                what: format!("products with {} weights", work.format.name()),
                 message: "no way of computing them gives right results".to_owned(),
             });
-        }
-    }
-    Ok(Tuned { device, tuning, measurements })
-}
-
-/// Sums of the same products in another order: equal where they are integers, else each within
-/// `n u sum |x| |w|`, a tenth for `n` products of a quarter on average.
-fn same(format: MatrixFormat, result: &[f32], right: &[f32]) -> bool {
-    let n = COLS as f32;
-    let apart = match format {
-        MatrixFormat::Ternary => 0.0,
-        _ => n * n * f32::EPSILON / 8.0,
-    };
-    // Written so that NaN is wrong.
-    result.len() == right.len() && result.iter().zip(right).all(|(a, b)| (a - b).abs() <= apart)
-}
-
-/// Bytes of a matrix for a kind of device.
-fn bytes_of(kind: DeviceKind) -> usize {
-    if kind == DeviceKind::SoftwareGpu { SOFTWARE_BYTES } else { BYTES }
-}
-
-/// A backend in the middle of a product: `y = W x`, with one token.
-struct Trial<B: Backend> {
-    stream: B::Stream,
-    /// The same matrix several times.
-    weights: Vec<B::Linear>,
-    x: B::Tensor,
-    y: B::Tensor,
-}
-
-impl<B: Backend> Trial<B> {
-    fn new(backend: &B, format: MatrixFormat, bytes: usize, copies: usize) -> Result<Self> {
-        let matrix = matrix(format, bytes);
-        let weight = |_| backend.linear(std::slice::from_ref(&matrix));
-        let weights = (0..copies).map(weight).collect::<Result<Vec<_>>>()?;
-        let attention = AttentionShape { heads: 2, kv_heads: 1, head_dim: 16 };
-        let shape = StreamShape { rows: 1, context: 1, attention, vocabulary: 32 };
-        let mut stream = backend.stream(&shape)?;
-        let level = |i: usize| (i * 37 % 255) as i32 - 127;
-        let x = if format == MatrixFormat::Ternary {
-            let mut x = backend.tensor(1, COLS, TensorFormat::Int8)?;
-            let values: Vec<i8> = (0..COLS).map(|i| level(i) as i8).collect();
-            backend.write_int8(&mut x, &values, &[1.0])?;
-            x
-        } else {
-            let mut x = backend.tensor(1, COLS, TensorFormat::F32)?;
-            let values: Vec<f32> = (0..COLS).map(|i| level(i) as f32 / 128.0).collect();
-            backend.write(&mut x, &values)?;
-            x
         };
-        let y = backend.tensor(1, matrix.rows(), TensorFormat::F32)?;
-        stream.begin(&Step { input: Input::Tokens(&[0]), position: 0, phase: Phase::Decode })?;
-        Ok(Self { stream, weights, x, y })
+        *of(&mut self.tuning) = best.way;
+        let measurement = |Tried { way, right, seconds, .. }| Measurement {
+            format: work.format,
+            way,
+            speed: trial.speed(seconds),
+            right,
+        };
+        Ok(tried.into_iter().map(measurement).collect())
     }
 
-    fn result(&mut self) -> Result<Vec<f32>> {
-        self.stream.linear(&self.x, &self.weights[0], &mut self.y)?;
-        self.stream.read(&self.y)
-    }
-
-    /// How long so many products take.
-    fn time(&mut self, count: usize) -> Result<Duration> {
+    /// Each once, to know which are right and about how long they take, and then in rounds.
+    fn measure<W>(&mut self, work: &Work, ways: &mut [Tried<W>]) -> Result<Trial<Gpu>> {
+        let expected = expected(work)?;
+        let mut trial = Trial::on(&self.gpu, work)?;
+        for way in &mut *ways {
+            self.step()?;
+            match trial.first(&self.gpu, way.tuning) {
+                Ok((result, seconds)) => {
+                    (way.right, way.seconds) = (same(work, &result, &expected), seconds);
+                }
+                Err(error) => {
+                    drop(trial);
+                    trial = self.without(way, work, &error)?;
+                }
+            }
+        }
         let start = Instant::now();
-        for weight in self.weights.iter().cycle().take(count) {
-            self.stream.linear(&self.x, weight, &mut self.y)?;
+        for round in 0..ROUNDS {
+            let fastest = ways.iter().filter(|way| way.right).map(|way| way.seconds);
+            let limit = TOO_SLOW * fastest.fold(f64::INFINITY, f64::min);
+            let over = start.elapsed() > LONG;
+            for way in &mut *ways {
+                self.step()?;
+                // The first round is for all: a single product says little.
+                if !way.right || round > 0 && (over || way.seconds > limit) {
+                    continue;
+                }
+                match trial.measure(way.tuning, way.seconds) {
+                    Ok(seconds) if round == 0 => way.seconds = seconds,
+                    Ok(seconds) => way.seconds = way.seconds.min(seconds),
+                    Err(error) => {
+                        drop(trial);
+                        trial = self.without(way, work, &error)?;
+                    }
+                }
+            }
         }
-        self.stream.submit()?;
-        self.stream.wait()?;
-        Ok(start.elapsed())
+        Ok(trial)
     }
-}
 
-/// The result of a product.
-fn product<B: Backend>(backend: &B, format: MatrixFormat, bytes: usize) -> Result<Vec<f32>> {
-    Trial::new(backend, format, bytes, 1)?.result()
-}
-
-/// The result of a product, and how many bytes of weights it reads in a second.
-fn measure(gpu: &Gpu, format: MatrixFormat) -> Result<(Vec<f32>, f64)> {
-    let kind = gpu.info().kind;
-    let copies = if kind == DeviceKind::DiscreteGpu { DISCRETE_COPIES } else { 1 };
-    let mut trial = Trial::new(gpu, format, bytes_of(kind), copies)?;
-    let result = trial.result()?;
-    // As many at once as fill the time, so that a submission weighs nothing; the best of three.
-    let once = trial.time(1)?.max(Duration::from_micros(1)).as_secs_f64();
-    let count = (TIME.as_secs_f64() / 3.0 / once).ceil().clamp(1.0, 1000.0) as usize;
-    let mut best = once;
-    for _ in 0..3 {
-        best = best.min(trial.time(count)?.as_secs_f64() / count as f64);
+    /// A kernel that a driver fails at is not taken, and may have taken the device with it.
+    fn without<W>(&mut self, way: &mut Tried<W>, work: &Work, error: &Error) -> Result<Trial<Gpu>> {
+        log::warn!("{error}: not taken");
+        (way.right, way.seconds) = (false, f64::INFINITY);
+        self.gpu = Gpu::open(self.options)?;
+        Trial::on(&self.gpu, work)
     }
-    Ok((result, trial.weights[0].bytes() as f64 / best))
-}
 
-/// A matrix whose products tell rows and columns apart.
-fn matrix(format: MatrixFormat, bytes: usize) -> MatrixSource {
-    let rows = bytes / format.bytes_of(COLS);
-    if format == MatrixFormat::Ternary {
-        // No field is 3.
-        let trit = |i: usize, field: usize| i * 7 / (1 + 2 * field) % 3;
-        let byte = |i| (0..4).map(|field| trit(i, field) << (2 * field)).sum::<usize>() as u8;
-        let data: Vec<u8> = (0..rows * COLS).map(byte).collect();
-        return MatrixSource::packed("tuning", 4 * rows, COLS, data.into(), 0.01);
-    }
-    // Halves of one period, and the upper halves of floats.
-    let value = |i: usize| (i * 31 % 127) as f32 / 64.0 - 1.0;
-    let period: Vec<f32> = (0..127 * COLS).map(value).collect();
-    let (stored, row): (_, Vec<u8>) = match format {
-        MatrixFormat::F32 => {
-            (FloatType::F32, period.iter().flat_map(|x| x.to_le_bytes()).collect())
+    fn step(&mut self) -> Result<()> {
+        if (self.progress)(self.done, self.total).is_break() {
+            return Err(Error::Cancelled);
         }
-        MatrixFormat::F16 => {
-            let halves = period.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes());
-            (FloatType::F16, halves.collect())
-        }
-        _ => {
-            let halves = period.iter().flat_map(|x| [x.to_le_bytes()[2], x.to_le_bytes()[3]]);
-            (FloatType::BF16, halves.collect())
-        }
-    };
-    let bytes = rows * COLS * stored.bytes();
-    let data: Vec<u8> = row.iter().copied().cycle().take(bytes).collect();
-    let source = MatrixSource::float("tuning", rows, COLS, stored, data.into());
-    match format {
-        MatrixFormat::Q8 => source.into_q8(),
-        MatrixFormat::Q4 => source.into_q4(),
-        _ => source,
+        self.done += 1;
+        Ok(())
     }
 }

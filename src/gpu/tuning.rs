@@ -2,16 +2,18 @@
 //! [`tune`](super::tune) measures it.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Display, Formatter};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::tile::Tile;
 use crate::backend::{DeviceInfo, DeviceKind, MatrixFormat};
 use crate::checkpoint::read_bounded;
 use crate::error::{Error, Result, shortened};
 use crate::whole_file::write_whole;
 
-/// A device takes half a kilobyte: no machine has seen so many.
+/// A device takes a kilobyte: no machine has seen so many.
 const MAX_BYTES: u64 = 1 << 20;
 
 /// How a workgroup of a product with few tokens is cut.
@@ -33,37 +35,116 @@ impl Cut {
     }
 }
 
+impl Cut {
+    fn check(self, format: MatrixFormat) -> Result<()> {
+        if Self::all(format).any(|possible| possible == self) {
+            return Ok(());
+        }
+        let (Self { workgroup, rows }, least) = (self, least_rows(format));
+        Err(Error::Parameter {
+            name: "tuning",
+            value: format!("{}: workgroup {workgroup}, rows {rows}", format.name()),
+            allowed: format!(
+                "a workgroup must be a power of two from 8 to 256, rows {least} or {}",
+                2 * least
+            ),
+        })
+    }
+}
+
+/// `64x4`: invocations, rows.
+impl Display for Cut {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}", self.workgroup, self.rows)
+    }
+}
+
 fn least_rows(format: MatrixFormat) -> u32 {
     if format == MatrixFormat::Ternary { 2 } else { 4 }
 }
 
-/// The cut of each format.
-///
-/// The default for GPUs was chosen by reasoning, since none was at hand; that for software renderers
-/// was measured on llvmpipe, where a barrier of a workgroup costs more than the work between.
+/// Something of each format of weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Tuning {
+pub struct Formats<T> {
     /// Of ternary matrices.
-    pub ternary: Cut,
+    pub ternary: T,
     /// Of `f32`.
-    pub f32: Cut,
+    pub f32: T,
     /// Of `f16`.
-    pub f16: Cut,
+    pub f16: T,
     /// Of `bf16`.
-    pub bf16: Cut,
+    pub bf16: T,
     /// Of 8 bits.
-    pub q8: Cut,
+    pub q8: T,
     /// Of 4 bits.
-    pub q4: Cut,
+    pub q4: T,
+}
+
+impl<T> Formats<T> {
+    /// One of each.
+    pub fn each(mut of: impl FnMut(MatrixFormat) -> T) -> Self {
+        Self {
+            ternary: of(MatrixFormat::Ternary),
+            f32: of(MatrixFormat::F32),
+            f16: of(MatrixFormat::F16),
+            bf16: of(MatrixFormat::BF16),
+            q8: of(MatrixFormat::Q8),
+            q4: of(MatrixFormat::Q4),
+        }
+    }
+
+    /// That of a format.
+    pub fn of(&self, format: MatrixFormat) -> &T {
+        match format {
+            MatrixFormat::Ternary => &self.ternary,
+            MatrixFormat::F32 => &self.f32,
+            MatrixFormat::F16 => &self.f16,
+            MatrixFormat::BF16 => &self.bf16,
+            MatrixFormat::Q8 => &self.q8,
+            MatrixFormat::Q4 => &self.q4,
+        }
+    }
+
+    /// The same to be changed.
+    pub fn of_mut(&mut self, format: MatrixFormat) -> &mut T {
+        match format {
+            MatrixFormat::Ternary => &mut self.ternary,
+            MatrixFormat::F32 => &mut self.f32,
+            MatrixFormat::F16 => &mut self.f16,
+            MatrixFormat::BF16 => &mut self.bf16,
+            MatrixFormat::Q8 => &mut self.q8,
+            MatrixFormat::Q4 => &mut self.q4,
+        }
+    }
+}
+
+/// How the products of a device are cut.
+///
+/// The default for GPUs was chosen by reasoning, since none was at hand; that for software renderers
+/// was measured on llvmpipe, where a barrier of a workgroup costs more than the work between, and a read
+/// of workgroup memory as much as a multiplication.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Tuning {
+    /// Those with few tokens, by their weights.
+    pub cuts: Formats<Cut>,
+    /// Those with many.
+    pub tiles: Formats<Tile>,
 }
 
 impl Tuning {
     /// Where nothing is known but the kind of a device.
     pub fn default_of(kind: DeviceKind) -> Self {
-        let workgroup = if kind == DeviceKind::SoftwareGpu { 8 } else { 64 };
-        let (float, ternary) = (Cut { workgroup, rows: 4 }, Cut { workgroup, rows: 2 });
-        Self { ternary, f32: float, f16: float, bf16: float, q8: float, q4: float }
+        let software = kind == DeviceKind::SoftwareGpu;
+        let workgroup = if software { 8 } else { 64 };
+        let cut = |format| Cut { workgroup, rows: least_rows(format) };
+        let tile = |format| match format {
+            MatrixFormat::Ternary if software => Tile { workgroup: 64, rows: 2, tokens: 16 },
+            MatrixFormat::Ternary => Tile { workgroup: 256, rows: 1, tokens: 8 },
+            _ if software => Tile { workgroup: 64, rows: 8, tokens: 8 },
+            _ => Tile { workgroup: 256, rows: 4, tokens: 4 },
+        };
+        Self { cuts: Formats::each(cut), tiles: Formats::each(tile) }
     }
 
     /// The formats that there are.
@@ -76,49 +157,13 @@ impl Tuning {
         MatrixFormat::Q4,
     ];
 
-    /// The cut of a format.
-    pub fn of(&self, format: MatrixFormat) -> Cut {
-        match format {
-            MatrixFormat::Ternary => self.ternary,
-            MatrixFormat::F32 => self.f32,
-            MatrixFormat::F16 => self.f16,
-            MatrixFormat::BF16 => self.bf16,
-            MatrixFormat::Q8 => self.q8,
-            MatrixFormat::Q4 => self.q4,
-        }
-    }
-
-    /// The same to be changed.
-    pub fn of_mut(&mut self, format: MatrixFormat) -> &mut Cut {
-        match format {
-            MatrixFormat::Ternary => &mut self.ternary,
-            MatrixFormat::F32 => &mut self.f32,
-            MatrixFormat::F16 => &mut self.f16,
-            MatrixFormat::BF16 => &mut self.bf16,
-            MatrixFormat::Q8 => &mut self.q8,
-            MatrixFormat::Q4 => &mut self.q4,
-        }
-    }
-
     /// # Errors
-    /// [`Error::Parameter`] where a cut is none of [`Cut::all`].
+    /// [`Error::Parameter`] where a cut is none of [`Cut::all`] or a tile none of [`Tile::all`].
     pub fn check(&self) -> Result<()> {
-        for format in Self::FORMATS {
-            let cut = self.of(format);
-            if !Cut::all(format).any(|possible| possible == cut) {
-                let Cut { workgroup, rows } = cut;
-                let least = least_rows(format);
-                return Err(Error::Parameter {
-                    name: "tuning",
-                    value: format!("{}: workgroup {workgroup}, rows {rows}", format.name()),
-                    allowed: format!(
-                        "a workgroup must be a power of two from 8 to 256, rows {least} or {}",
-                        2 * least
-                    ),
-                });
-            }
-        }
-        Ok(())
+        Self::FORMATS.into_iter().try_for_each(|format| {
+            self.cuts.of(format).check(format)?;
+            self.tiles.of(format).check(format)
+        })
     }
 }
 
@@ -126,23 +171,54 @@ impl Tuning {
 /// another device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Tunings(BTreeMap<String, Tuning>);
+pub struct Tunings(BTreeMap<String, Formats<Entry>>);
+
+/// What a file says of a format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    // Of the cut, which was all there was to tune once.
+    workgroup: u32,
+    rows: u32,
+    /// Absent from files of that time: what they know stays good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tile: Option<Tile>,
+}
+
+impl Entry {
+    fn cut(self) -> Cut {
+        Cut { workgroup: self.workgroup, rows: self.rows }
+    }
+
+    fn check(self, format: MatrixFormat) -> Result<()> {
+        self.cut().check(format)?;
+        self.tile.map_or(Ok(()), |tile| tile.check(format))
+    }
+}
 
 impl Tunings {
-    /// The tuning of a device, where there is one.
-    pub fn of(&self, device: &DeviceInfo) -> Option<&Tuning> {
-        self.0.get(&key(device))
+    /// The tuning of a device, where there is one; what it leaves open is as by default.
+    pub fn of(&self, device: &DeviceInfo) -> Option<Tuning> {
+        let entries = self.0.get(&key(device))?;
+        let default = Tuning::default_of(device.kind);
+        let tile = |format| entries.of(format).tile.unwrap_or(*default.tiles.of(format));
+        let cut = |format| entries.of(format).cut();
+        Some(Tuning { cuts: Formats::each(cut), tiles: Formats::each(tile) })
     }
 
     /// Sets the tuning of a device.
     pub fn insert(&mut self, device: &DeviceInfo, tuning: Tuning) {
-        self.0.insert(key(device), tuning);
+        let entry = |format| {
+            let Cut { workgroup, rows } = *tuning.cuts.of(format);
+            Entry { workgroup, rows, tile: Some(*tuning.tiles.of(format)) }
+        };
+        self.0.insert(key(device), Formats::each(entry));
     }
 
     /// Reads what [`Tunings::write`] has written.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Malformed`], with what [`Tuning::check`] says among its reasons.
+    /// [`Error::Io`]; [`Error::Malformed`], where a cut or a tile is impossible among its reasons.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let malformed = |message: String| Error::Malformed {
@@ -152,8 +228,11 @@ impl Tunings {
         let text = read_bounded(path, MAX_BYTES)?;
         let tunings: Self =
             serde_json::from_slice(&text).map_err(|error| malformed(error.to_string()))?;
-        for (device, tuning) in &tunings.0 {
-            tuning.check().map_err(|error| malformed(format!("{device:?}: {error}")))?;
+        for (device, entries) in &tunings.0 {
+            Tuning::FORMATS
+                .into_iter()
+                .try_for_each(|format| entries.of(format).check(format))
+                .map_err(|error| malformed(format!("{device:?}: {error}")))?;
         }
         Ok(tunings)
     }
@@ -191,12 +270,13 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("tunings.json");
         let mut tuning = Tuning::default_of(DeviceKind::IntegratedGpu);
-        tuning.bf16.workgroup = 32;
+        tuning.cuts.bf16.workgroup = 32;
+        tuning.tiles.q4.tokens = 8;
         let mut tunings = Tunings::default();
         tunings.insert(&device("1.0"), tuning);
         tunings.write(&path).expect("written");
         let read = Tunings::read(&path).expect("read");
-        assert_eq!(read.of(&device("1.0")), Some(&tuning));
+        assert_eq!(read.of(&device("1.0")), Some(tuning));
         assert_eq!(read.of(&device("1.1")), None, "another driver is another device");
         for (text, what) in
             [("{", "EOF"), (r#"{"a GPU": {}}"#, "ternary"), (r#"{"a GPU": {"what": 1}}"#, "what")]
@@ -209,9 +289,47 @@ mod tests {
         std::fs::write(&path, possible.replace(":32", ":33")).expect("written");
         let error = Tunings::read(&path).expect_err("33 invocations").to_string();
         assert!(error.contains("tunings.json") && error.contains("workgroup 33"), "{error}");
+        std::fs::write(&path, possible.replace("\"tokens\":8", "\"tokens\":9")).expect("written");
+        let error = Tunings::read(&path).expect_err("9 tokens").to_string();
+        assert!(error.contains("tunings.json") && error.contains("tokens 9"), "{error}");
         assert!(matches!(Tunings::read(folder.path()), Err(Error::Malformed { .. })));
         let absent = Tunings::read(folder.path().join("absent"));
         assert!(matches!(absent, Err(Error::Io { .. })));
+    }
+
+    /// What the version before wrote, which knew of no tiles.
+    #[test]
+    fn a_file_of_cuts_alone_says_nothing_of_tiles() {
+        for kind in [DeviceKind::DiscreteGpu, DeviceKind::SoftwareGpu] {
+            let device = DeviceInfo {
+                name: "a GPU".into(),
+                kind,
+                backend: "vulkan".into(),
+                driver: "1.0".into(),
+                features: vec!["f16".into()],
+            };
+            let folder = tempfile::tempdir().expect("a folder");
+            let path = folder.path().join("tunings.json");
+            let cut = |rows: u32| format!(r#"{{ "workgroup": 32, "rows": {rows} }}"#);
+            let (ternary, float) = (cut(4), cut(8));
+            let floats =
+                ["f32", "f16", "bf16", "q8", "q4"].map(|name| format!(r#""{name}": {float}"#));
+            let text = format!(
+                r#"{{ "a GPU, vulkan, 1.0, f16": {{ "ternary": {ternary}, {} }} }}"#,
+                floats.join(", ")
+            );
+            std::fs::write(&path, text).expect("written");
+            let mut tunings = Tunings::read(&path).expect("an older file is no error");
+            let cut = |format| Cut { workgroup: 32, rows: 2 * least_rows(format) };
+            let tiles = Tuning::default_of(kind).tiles;
+            let tuning = Tuning { cuts: Formats::each(cut), tiles };
+            assert_eq!(tunings.of(&device), Some(tuning));
+            // Another device that is tuned adds nothing to what is not known of this one.
+            let other = DeviceInfo { name: "another".into(), ..device.clone() };
+            tunings.insert(&other, tuning);
+            tunings.write(&path).expect("written");
+            assert_eq!(Tunings::read(&path).expect("read"), tunings);
+        }
     }
 
     #[test]
@@ -219,8 +337,17 @@ mod tests {
         let mut tuning = Tuning::default_of(DeviceKind::IntegratedGpu);
         tuning.check().expect("the default");
         for cut in [(48, 4), (512, 4), (64, 2), (64, 16)] {
-            tuning.q8 = Cut { workgroup: cut.0, rows: cut.1 };
+            tuning.cuts.q8 = Cut { workgroup: cut.0, rows: cut.1 };
             assert!(matches!(tuning.check(), Err(Error::Parameter { name: "tuning", .. })));
+        }
+        for kind in [DeviceKind::DiscreteGpu, DeviceKind::SoftwareGpu] {
+            let mut tuning = Tuning::default_of(kind);
+            tuning.check().expect("the default");
+            for tile in [(32, 4, 4), (512, 4, 4), (64, 1, 4), (64, 4, 2), (256, 8, 8)] {
+                let (workgroup, rows, tokens) = tile;
+                tuning.tiles.q8 = Tile { workgroup, rows, tokens };
+                assert!(matches!(tuning.check(), Err(Error::Parameter { name: "tuning", .. })));
+            }
         }
     }
 }

@@ -57,7 +57,8 @@ enum Command {
     /// Find thresholds for each layer and KV head that keep a budget on a text, and write them to a
     /// file that every command takes as --policy-file
     Calibrate(calibrate::Args),
-    /// Measure how the work is best cut for a GPU, and remember it for every other command
+    /// Measure how products of one token and of many are best cut for a GPU, and remember it for every
+    /// other command; takes about a minute
     Tune(tune::Args),
     /// Ask the GPUs for answers that are known, in every variant of every kernel; with --bisect, find
     /// the operation that differs from the CPU

@@ -1,12 +1,14 @@
 //! `deltallm tune`: how the work is best cut for a GPU, remembered for every other command.
 
+use std::fmt::Display;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
 
 use deltallm::backend::MatrixFormat;
-use deltallm::gpu::{GpuOptions, Measurement, Select, Tuned, Tuning, tune};
+use deltallm::gpu::{Formats, GpuOptions, Measurement, Select, Tuned, Tuning, tune};
 use deltallm::{Cancel, Error};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::output::{Failure, Outcome, count_bar, say, stop_on_interrupt};
@@ -19,6 +21,10 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
 
+    /// Measure only products with these weights: ternary, f32, f16, bf16, q8, q4 [default: all]
+    #[arg(long, value_name = "FORMATS", value_delimiter = ',', value_parser = format)]
+    weights: Vec<MatrixFormat>,
+
     /// Measure, but remember nothing
     #[arg(long)]
     dry_run: bool,
@@ -26,6 +32,11 @@ pub struct Args {
     /// Every measurement as one JSON object
     #[arg(long)]
     json: bool,
+}
+
+fn format(name: &str) -> Result<MatrixFormat, String> {
+    let named = Tuning::FORMATS.into_iter().find(|format| format.name() == name);
+    named.ok_or_else(|| format!("weights are {}", Tuning::FORMATS.map(|of| of.name()).join(", ")))
 }
 
 /// Runs the command.
@@ -46,8 +57,11 @@ pub fn run(args: &Args) -> Outcome {
         None => Select::Hardware,
         Some(name) => Select::Named(name.to_owned()),
     };
-    let bar = count_bar(0, "cuts");
-    let tuned = tune(&GpuOptions { select, ..GpuOptions::default() }, &mut |done, total| {
+    let formats = if args.weights.is_empty() { &Tuning::FORMATS[..] } else { &args.weights };
+    // What was found out of other formats stays.
+    let options = GpuOptions { select, tunings: tunings(), ..GpuOptions::default() };
+    let bar = count_bar(0, "measurements");
+    let tuned = tune(&options, formats, &mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
         if cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -56,12 +70,13 @@ pub fn run(args: &Args) -> Outcome {
     let tuned = tuned?;
     let mut out = io::stdout().lock();
     if args.json {
-        let all: Vec<Value> = tuned.measurements.iter().map(json_of).collect();
         let object = json!({
             "device": tuned.device.name,
             "driver": tuned.device.driver,
             "tuning": tuned.tuning,
-            "measurements": all,
+            "cuts": json_of(&tuned.cuts, "bytes_per_second"),
+            "tokens": tuned.tokens,
+            "tiles": json_of(&tuned.tiles, "multiplications_per_second"),
         });
         writeln!(out, "{object}")?;
     } else {
@@ -73,50 +88,59 @@ pub fn run(args: &Args) -> Outcome {
     }
 }
 
-fn json_of(measurement: &Measurement) -> Value {
-    json!({
-        "format": measurement.format.name(),
-        "workgroup": measurement.cut.workgroup,
-        "rows": measurement.cut.rows,
-        "bytes_per_second": measurement.bytes_per_second,
-        "right": measurement.right,
-    })
+fn json_of<W: Serialize>(measurements: &[Measurement<W>], unit: &str) -> Vec<Value> {
+    let one = |m: &Measurement<W>| {
+        let mut object = json!(m.way);
+        object["format"] = m.format.name().into();
+        object[unit] = m.speed.into();
+        object["right"] = m.right.into();
+        object
+    };
+    measurements.iter().map(one).collect()
 }
 
-/// Of each format the default and the best cut.
 fn report(out: &mut impl Write, tuned: &Tuned) -> io::Result<()> {
-    writeln!(out, "{} ({})", tuned.device.name, tuned.device.driver)?;
-    writeln!(out, "products of one token, GB/s of weights; workgroup x rows\n")?;
-    writeln!(out, "{:8} {:>9} {:>8} {:>9} {:>8} {:>6}", "", "default", "", "best", "", "times")?;
+    let Tuned { device, tuning, tokens, cuts, tiles } = tuned;
+    writeln!(out, "{} ({})", device.name, device.driver)?;
+    writeln!(out, "\nproducts of one token, GB/s of weights; workgroup x rows\n")?;
+    table(out, cuts, &tuning.cuts)?;
+    writeln!(
+        out,
+        "\nproducts of {tokens} tokens, billions of multiplications a second; \
+         workgroup x rows x tokens of an invocation\n"
+    )?;
+    table(out, tiles, &tuning.tiles)
+}
+
+/// Of each format the default and the best way.
+fn table<W: Display + PartialEq>(
+    out: &mut impl Write,
+    measurements: &[Measurement<W>],
+    chosen: &Formats<W>,
+) -> io::Result<()> {
+    writeln!(out, "{:8} {:>9} {:>9} {:>9} {:>9} {:>6}", "", "default", "", "best", "", "times")?;
     for format in Tuning::FORMATS {
-        let of = |m: &&Measurement| m.format == format;
-        let Some(default) = tuned.measurements.iter().find(of) else {
+        let of = |m: &&Measurement<W>| m.format == format;
+        let Some(default) = measurements.iter().find(of) else {
             continue;
         };
-        let best = tuned.measurements.iter().filter(of);
-        let best = best.filter(|m| m.cut == tuned.tuning.of(format) && m.right);
-        let best = best.fold(0.0f64, |best, m| best.max(m.bytes_per_second));
-        let cut = |cut: deltallm::gpu::Cut| format!("{}x{}", cut.workgroup, cut.rows);
+        let best = measurements.iter().filter(of);
+        let best = best.filter(|m| m.way == *chosen.of(format) && m.right);
+        let best = best.fold(0.0f64, |best, m| best.max(m.speed));
         writeln!(
             out,
-            "{:8} {:>9.2} {:>8} {:>9.2} {:>8} {:>6.2}",
+            "{:8} {:>9.2} {:>9} {:>9.2} {:>9} {:>6.2}",
             format.name(),
-            default.bytes_per_second / 1e9,
-            cut(default.cut),
+            default.speed / 1e9,
+            default.way.to_string(),
             best / 1e9,
-            cut(tuned.tuning.of(format)),
-            best / default.bytes_per_second
+            chosen.of(format).to_string(),
+            best / default.speed
         )?;
-        wrong(out, tuned, format)?;
-    }
-    Ok(())
-}
-
-/// Cuts that this driver computes wrongly.
-fn wrong(out: &mut impl Write, tuned: &Tuned, format: MatrixFormat) -> io::Result<()> {
-    for m in tuned.measurements.iter().filter(|m| m.format == format && !m.right) {
-        let (workgroup, rows) = (m.cut.workgroup, m.cut.rows);
-        writeln!(out, "         {workgroup}x{rows} gives wrong results on this driver")?;
+        for m in measurements.iter().filter(of).filter(|m| !m.right) {
+            let what = if m.speed > 0.0 { "gives wrong results on" } else { "fails on" };
+            writeln!(out, "         {} {what} this driver", m.way)?;
+        }
     }
     Ok(())
 }
