@@ -9,8 +9,8 @@ use deltallm::bench::{
 use deltallm::checkpoint::ModelConfig;
 use serde_json::{Value, json};
 
-use super::subjects::{Device, Mode, Source};
 use super::about;
+use super::subjects::{Device, Mode, Source};
 use crate::args::Weights;
 use crate::output::bytes;
 use crate::table::{aligned, quoted};
