@@ -577,7 +577,7 @@ fn a_tuned_device_stays_tuned() {
     for (ways, speed) in [("cuts", "bytes_per_second"), ("tiles", "multiplications_per_second")] {
         let measurements = tried[ways].as_array().expect("measurements");
         let of = |format: &str| measurements.iter().filter(|m| m["format"] == format).count();
-        let found = ["ternary", "q4", "bf16"].map(|format| of(format));
+        let found = ["ternary", "q4", "bf16"].map(of);
         assert!(found.into_iter().all(|count| count > 6), "{found:?}");
         assert_eq!(found.into_iter().sum::<usize>(), measurements.len(), "others were measured");
         for m in measurements {
