@@ -5,7 +5,7 @@ mod gpu_common;
 use std::ops::ControlFlow;
 
 use deltallm::Error;
-use deltallm::backend::MatrixFormat;
+use deltallm::backend::{Backend as _, MatrixFormat};
 use deltallm::gpu::{Cut, Fault, Faults, GpuOptions, Sabotage, Tuning, Tunings, tune};
 use gpu_common::{any, open};
 
