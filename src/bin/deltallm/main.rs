@@ -58,7 +58,7 @@ enum Command {
     /// file that every command takes as --policy-file
     Calibrate(calibrate::Args),
     /// Measure how products of one token and of many are best cut for a GPU, and remember it for every
-    /// other command; takes about a minute
+    /// other command; takes about half a minute
     Tune(tune::Args),
     /// Ask the GPUs for answers that are known, in every variant of every kernel; with --bisect, find
     /// the operation that differs from the CPU

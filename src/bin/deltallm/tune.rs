@@ -41,7 +41,7 @@ fn format(name: &str) -> Result<MatrixFormat, String> {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Outcome {
-    // Better said before a minute of measuring than after it.
+    // Better said before half a minute of measuring than after it.
     let path = match tunings_path() {
         _ if args.dry_run => None,
         Some(path) => Some(path),
