@@ -7,12 +7,11 @@
 
 use std::marker::PhantomData;
 
+use super::reading::{Reading, ask_ahead, ask_near, crowds, side_by_side};
 use super::simd::{BLOCK, Kernel, LINE, Simd};
 use super::strips::Strip;
 use super::tensor::{Aligned, Tensor};
-use super::weights::{
-    BFloat16, Float16, Float32, Levels4, Levels8, Row, Weight, ask_ahead, crowds,
-};
+use super::weights::{BFloat16, Float16, Float32, Levels4, Levels8, Row, Weight};
 use super::{Machine, Matrix, Scratch};
 use crate::backend::MatrixFormat;
 
@@ -48,6 +47,7 @@ pub(super) fn linear(
             x: x.floats(),
             out: columns,
             add,
+            reading: machine.reading,
             scratch: &mut scratch.of(worker),
         };
         let level = machine.level;
@@ -72,6 +72,7 @@ struct Product<'a> {
     /// `[T]` slices of the strip's rows.
     out: Vec<&'a mut [f32]>,
     add: bool,
+    reading: Reading,
     scratch: &'a mut Aligned<f32>,
 }
 
@@ -83,7 +84,7 @@ impl<W: Weight> Kernel for Typed<'_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Product { matrix, first, x, mut out, add, scratch } = self.0;
+        let Product { matrix, first, x, mut out, add, reading, scratch } = self.0;
         let (cols, tokens) = (matrix.cols, out.len());
         let rows = out.first().map_or(0, |out| out.len());
         if tokens < DECODED_TOKENS {
@@ -96,13 +97,13 @@ impl<W: Weight> Kernel for Typed<'_, W> {
             let mut token = 0;
             while token < tokens {
                 let tile = (tokens - token).min(S::TILE);
-                for r in 0..rows {
-                    match tile {
-                        4 => few::<S, W, 4>(simd, r, token, row(r), &x, &mut emit),
-                        3 => few::<S, W, 3>(simd, r, token, row(r), &x, &mut emit),
-                        2 => few::<S, W, 2>(simd, r, token, row(r), &x, &mut emit),
-                        _ => few::<S, W, 1>(simd, r, token, row(r), &x, &mut emit),
-                    }
+                match (tile, reading.rows::<S>()) {
+                    (4, _) => few::<S, W, 1, 4>(simd, rows, token, &row, &x, &mut emit),
+                    (3, _) => few::<S, W, 1, 3>(simd, rows, token, &row, &x, &mut emit),
+                    (2, _) => few::<S, W, 1, 2>(simd, rows, token, &row, &x, &mut emit),
+                    (_, 4) => few::<S, W, 4, 1>(simd, rows, token, &row, &x, &mut emit),
+                    (_, 2) => few::<S, W, 2, 1>(simd, rows, token, &row, &x, &mut emit),
+                    _ => few::<S, W, 1, 1>(simd, rows, token, &row, &x, &mut emit),
                 }
                 token += tile.min(4);
             }
@@ -145,58 +146,93 @@ impl<W: Weight> Kernel for Typed<'_, W> {
 #[cfg(target_endian = "big")]
 compile_error!("the CPU backend computes on little-endian files as they are");
 
-/// Gives `emit` the products of a row with `T` tokens: token, row, sum.
-///
-/// Rows come from memory, one after the other: processors foresee what lies ahead in one long
-/// stream, poorly in several short ones.
+/// Gives `emit` the products of all `rows` with `T` tokens: token, row, sum. `R` rows are read at once.
 #[inline(always)]
-fn few<'a, S: Simd, W: Weight + 'a, const T: usize>(
+fn few<'a, S: Simd, W: Weight + 'a, const R: usize, const T: usize>(
     simd: S,
-    index: usize,
+    rows: usize,
     token: usize,
-    row: Row<'a, W>,
+    row: &impl Fn(usize) -> Row<'a, W>,
     x: &impl Fn(usize) -> &'a [f32],
     emit: &mut impl FnMut(usize, usize, f32),
 ) {
-    let crowded = crowds(T * size_of_val(x(token)));
-    let x: [_; T] = std::array::from_fn(|t| x(token + t).as_chunks::<BLOCK>());
-    // Slices of equal length, and known to be so: the loop below checks no index.
-    let whole = row.whole();
-    let whole_x: [_; T] = std::array::from_fn(|t| &x[t].0[..whole.len()]);
-    // Four sums a token hide the latency of adding to one.
-    let mut sums = [[simd.splat(0.0); 4]; T];
-    let (pairs, last) = whole.as_chunks::<2>();
-    for (pair, raw) in pairs.iter().enumerate() {
-        if crowded {
-            ask_ahead(simd, raw);
-            // Twice the bytes of weights of 16 bits: they are worth asking for as well.
-            for x in whole_x {
-                let pair: &[u8] = bytemuck::cast_slice(&x[2 * pair..][..2]);
-                (0..pair.len()).step_by(LINE).for_each(|at| simd.prefetch(pair, X_AHEAD + at));
+    let x: [_; T] = std::array::from_fn(|t| x(token + t));
+    let whole = rows / R * R;
+    for group in 0..whole / R {
+        let at: [_; R] = std::array::from_fn(|i| side_by_side::<R>(whole, group, i));
+        let group: [_; R] = std::array::from_fn(|i| row(at[i]));
+        let sums = row_sums::<S, W, R, T>(simd, &group, x);
+        for i in 0..R {
+            for t in 0..T {
+                emit(token + t, at[i], sums[i][t]);
             }
         }
-        for half in 0..2 {
-            let block = 2 * pair + half;
-            let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
-            add_block::<S, W, T>(simd, &raw[half], x, half, &mut sums);
+    }
+    for at in whole..rows {
+        let [sums] = row_sums::<S, W, 1, T>(simd, &[row(at)], x);
+        for t in 0..T {
+            emit(token + t, at, sums[t]);
         }
     }
-    if let [raw] = last {
-        let block = whole.len() - 1;
-        let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
-        add_block::<S, W, T>(simd, raw, x, 0, &mut sums);
+}
+
+/// The products of `R` rows with `T` tokens.
+#[inline(always)]
+fn row_sums<S: Simd, W: Weight, const R: usize, const T: usize>(
+    simd: S,
+    rows: &[Row<'_, W>; R],
+    x: [&[f32]; T],
+) -> [[f32; T]; R] {
+    let crowded = R == 1 && crowds(T * size_of_val(x[0]));
+    let x: [_; T] = std::array::from_fn(|t| x[t].as_chunks::<BLOCK>());
+    // Slices of equal length, and known to be so: the loop below checks no index.
+    let blocks = rows[0].whole().len();
+    let cut: [_; R] = std::array::from_fn(|r| rows[r].whole()[..blocks].as_chunks::<2>());
+    let pairs = blocks / 2;
+    let whole: [_; R] = std::array::from_fn(|r| &cut[r].0[..pairs]);
+    let whole_x: [_; T] = std::array::from_fn(|t| &x[t].0.as_chunks::<2>().0[..pairs]);
+    // Four sums a token hide the latency of adding to one.
+    let mut sums = [[[simd.splat(0.0); 4]; T]; R];
+    for pair in 0..pairs {
+        for r in 0..R {
+            let raw = &whole[r][pair];
+            if R > 1 {
+                ask_near(simd, raw);
+            } else if crowded {
+                ask_ahead(simd, raw);
+                // Twice the bytes of weights of 16 bits: they are worth asking for as well.
+                for x in whole_x {
+                    let pair: &[u8] = bytemuck::cast_slice(&x[pair]);
+                    (0..pair.len()).step_by(LINE).for_each(|at| simd.prefetch(pair, X_AHEAD + at));
+                }
+            }
+            for half in 0..2 {
+                let x = std::array::from_fn(|t| &whole_x[t][pair][half]);
+                add_block::<S, W, T>(simd, &raw[half], x, half, &mut sums[r]);
+            }
+        }
     }
-    if !row.is_whole() {
-        let rest: [_; T] = std::array::from_fn(|t| {
-            let mut block = [0.0; BLOCK];
-            block[..x[t].1.len()].copy_from_slice(x[t].1);
-            block
-        });
-        add_block::<S, W, T>(simd, &row.rest(), rest.each_ref(), 1, &mut sums);
+    for r in 0..R {
+        if let [raw] = cut[r].1 {
+            let x = std::array::from_fn(|t| &x[t].0[blocks - 1]);
+            add_block::<S, W, T>(simd, raw, x, 0, &mut sums[r]);
+        }
+        if !rows[r].is_whole() {
+            let rest: [_; T] = std::array::from_fn(|t| {
+                let mut block = [0.0; BLOCK];
+                block[..x[t].1.len()].copy_from_slice(x[t].1);
+                block
+            });
+            add_block::<S, W, T>(simd, &rows[r].rest(), rest.each_ref(), 1, &mut sums[r]);
+        }
     }
-    for (t, sums) in sums.iter().enumerate() {
-        emit(token + t, index, simd.sum4(*sums).iter().sum());
+    let mut totals = [[0.0; T]; R];
+    for r in 0..R {
+        for t in 0..T {
+            totals[r][t] = simd.sum4(sums[r][t]).iter().sum();
+        }
     }
+    totals
 }
 
 /// Adds the products of one block of a row; `half` is 0 and 1 in turn.

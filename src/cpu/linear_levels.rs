@@ -17,10 +17,11 @@ use std::marker::PhantomData;
 use half::f16;
 
 use super::fixed::{FIXED_BLOCKS, FIXED_GROUP, Fixed, FixedRows};
+use super::reading::{Reading, ask_ahead, ask_near, crowds, side_by_side};
 use super::simd::{BLOCK, Kernel, Simd};
 use super::strips::Strip;
 use super::tensor::{Aligned, Tensor};
-use super::weights::{Levels, Levels4, Levels8, Row, ask_ahead, crowds};
+use super::weights::{Levels, Levels4, Levels8, Row};
 use super::{Machine, Matrix, Scratch};
 use crate::backend::{ACTIVATION_STEP, FIXED_COLS, FIXED_TOKENS, MatrixFormat, WEIGHT_STEP};
 
@@ -53,7 +54,8 @@ pub(super) fn linear(
     machine.each_of(small, strips, |worker, Strip { piece, first, columns }| {
         let matrix = &parts[piece];
         let scratch = &mut scratch.of(worker);
-        let product = Product { matrix, first, x, out: columns, add, scratch };
+        let reading = machine.reading;
+        let product = Product { matrix, first, x, out: columns, add, reading, scratch };
         match matrix.format {
             MatrixFormat::Q8 => machine.level.run(Typed::<Levels8>(product, PhantomData)),
             MatrixFormat::Q4 => machine.level.run(Typed::<Levels4>(product, PhantomData)),
@@ -71,6 +73,7 @@ struct Product<'a> {
     /// `[T]` slices of the strip's rows.
     out: Vec<&'a mut [f32]>,
     add: bool,
+    reading: Reading,
     scratch: &'a mut Aligned<f32>,
 }
 
@@ -90,11 +93,13 @@ impl<W: Levels> Kernel for Typed<'_, W> {
         let mut token = 0;
         while token < tokens {
             let tile = (tokens - token).min(S::TILE).min(4);
-            match tile {
-                4 => product.few::<S, W, 4>(simd, token),
-                3 => product.few::<S, W, 3>(simd, token),
-                2 => product.few::<S, W, 2>(simd, token),
-                _ => product.few::<S, W, 1>(simd, token),
+            match (tile, product.reading.rows::<S>()) {
+                (4, _) => product.few::<S, W, 1, 4>(simd, token),
+                (3, _) => product.few::<S, W, 1, 3>(simd, token),
+                (2, _) => product.few::<S, W, 1, 2>(simd, token),
+                (_, 4) => product.few::<S, W, 4, 1>(simd, token),
+                (_, 2) => product.few::<S, W, 2, 1>(simd, token),
+                _ => product.few::<S, W, 1, 1>(simd, token),
             }
             token += tile;
         }
@@ -102,32 +107,51 @@ impl<W: Levels> Kernel for Typed<'_, W> {
 }
 
 impl Product<'_> {
-    /// All rows times `T` tokens.
-    ///
-    /// Rows come from memory, one after the other: processors foresee what lies ahead in one long
-    /// stream, poorly in several short ones.
+    /// All rows times `T` tokens, `R` rows at once, which is 1, 2 or 4.
     #[inline(always)]
-    fn few<S: Simd, W: Levels, const T: usize>(&mut self, simd: S, token: usize) {
-        let crowded = crowds(T * self.matrix.cols * size_of::<i16>());
-        let x: [_; T] = std::array::from_fn(|t| self.x.row(token + t));
+    fn few<S: Simd, W: Levels, const R: usize, const T: usize>(&mut self, simd: S, token: usize) {
         let rows = self.out.first().map_or(0, |out| out.len());
-        for first in (0..rows).step_by(4) {
-            let count = 4.min(rows - first);
-            let mut totals = [[simd.splat(0.0); 4]; T];
-            for r in 0..count {
-                let row = self.first + first + r;
-                let weights = Row::<W>::new(self.matrix.row(row), self.matrix.row_scales(row));
-                let sums = row_sums::<S, W, T>(simd, &weights, x, crowded);
+        let whole = rows / 4 * 4;
+        for four in 0..whole / 4 {
+            let rows =
+                std::array::from_fn(|i| side_by_side::<R>(whole, four * (4 / R) + i / R, i % R));
+            self.four::<S, W, R, T>(simd, token, rows, 4);
+        }
+        if whole < rows {
+            let last = std::array::from_fn(|i| (whole + i).min(rows - 1));
+            self.four::<S, W, 1, T>(simd, token, last, rows - whole);
+        }
+    }
+
+    /// The first `count` of four rows, a multiple of `R`.
+    #[inline(always)]
+    fn four<S: Simd, W: Levels, const R: usize, const T: usize>(
+        &mut self,
+        simd: S,
+        token: usize,
+        rows: [usize; 4],
+        count: usize,
+    ) {
+        let crowded = R == 1 && crowds(T * self.matrix.cols * size_of::<i16>());
+        let x: [_; T] = std::array::from_fn(|t| self.x.row(token + t));
+        let mut totals = [[simd.splat(0.0); 4]; T];
+        for first in (0..count).step_by(R) {
+            let weights: [_; R] = std::array::from_fn(|r| {
+                let row = self.first + rows[first + r];
+                Row::<W>::new(self.matrix.row(row), self.matrix.row_scales(row))
+            });
+            let sums = row_sums::<S, W, R, T>(simd, &weights, x, crowded);
+            for r in 0..R {
                 for t in 0..T {
-                    let [a, b, c, d] = sums[t];
-                    totals[t][r] = simd.add(simd.add(a, b), simd.add(c, d));
+                    let [a, b, c, d] = sums[r][t];
+                    totals[t][first + r] = simd.add(simd.add(a, b), simd.add(c, d));
                 }
             }
-            for t in 0..T {
-                let out = &mut self.out[token + t][first..][..count];
-                for (out, y) in out.iter_mut().zip(simd.sum4(totals[t])) {
-                    *out = if self.add { *out + y } else { y };
-                }
+        }
+        for t in 0..T {
+            let out = &mut self.out[token + t];
+            for (row, y) in rows.into_iter().zip(simd.sum4(totals[t])).take(count) {
+                out[row] = if self.add { out[row] + y } else { y };
             }
         }
     }
@@ -135,7 +159,7 @@ impl Product<'_> {
     /// All rows times all tokens.
     #[inline(always)]
     fn many<S: Simd, W: Levels>(self, simd: S) {
-        let Self { matrix, first, x, out, add, scratch } = self;
+        let Self { matrix, first, x, out, add, scratch, .. } = self;
         let (tokens, rows) = (out.len(), out.first().map_or(0, |out| out.len()));
         // Rows that make up the last four are zero.
         let height = rows.next_multiple_of(4);
@@ -192,57 +216,80 @@ impl Product<'_> {
     }
 }
 
-/// A row times `T` tokens, whose blocks and scales are `x`: four vectors for each to be added up.
+/// `R` rows times `T` tokens, whose blocks and scales are `x`: four vectors for each to be added up.
 #[inline(always)]
-fn row_sums<S: Simd, W: Levels, const T: usize>(
+fn row_sums<S: Simd, W: Levels, const R: usize, const T: usize>(
     simd: S,
-    weights: &Row<'_, W>,
+    weights: &[Row<'_, W>; R],
     x: [(&[[i16; BLOCK]], &[f32]); T],
     crowded: bool,
-) -> [[S::Floats; 4]; T] {
+) -> [[[S::Floats; 4]; T]; R] {
     // Four sums a token hide the latency of adding to one.
-    let mut sums = [[simd.splat(0.0); 4]; T];
-    let (whole, last) = weights.whole().as_chunks::<FIXED_BLOCKS>();
-    let (scales, _) = weights.scales().as_chunks::<FIXED_BLOCKS>();
+    let mut sums = [[[simd.splat(0.0); 4]; T]; R];
+    let cut: [_; R] = std::array::from_fn(|r| weights[r].whole().as_chunks::<FIXED_BLOCKS>());
     // Slices of equal length, and known to be so: the loop below checks no index.
-    let scales = &scales[..whole.len()];
-    let whole_x = x.map(|(x, scales)| {
-        (&x.as_chunks::<FIXED_BLOCKS>().0[..whole.len()], &scales[..whole.len()])
+    let parts = cut[0].0.len();
+    let whole: [_; R] = std::array::from_fn(|r| &cut[r].0[..parts]);
+    let scales: [_; R] =
+        std::array::from_fn(|r| &weights[r].scales().as_chunks::<FIXED_BLOCKS>().0[..parts]);
+    let whole_x: [_; T] = std::array::from_fn(|t| {
+        let (x, scales) = x[t];
+        (&x.as_chunks::<FIXED_BLOCKS>().0[..parts], &scales[..parts])
     });
-    for (part, raw) in whole.iter().enumerate() {
-        let x = whole_x.map(|(x, scales)| (&x[part][..], scales[part]));
-        add_part::<S, W, T>(simd, raw.as_chunks().0, &scales[part], x, crowded, &mut sums);
+    for part in 0..parts {
+        let raw = std::array::from_fn(|r| whole[r][part].as_chunks().0);
+        let scales = std::array::from_fn(|r| &scales[r][part]);
+        let x = std::array::from_fn(|t| (&whole_x[t].0[part][..], whole_x[t].1[part]));
+        add_part::<S, W, R, T>(simd, raw, scales, x, crowded, &mut sums);
     }
-    if !(last.is_empty() && weights.is_whole()) {
-        let (raw, scales) = padded(weights, last);
-        let blocks = last.len() + usize::from(!weights.is_whole());
-        let fours = &raw.as_chunks().0[..blocks.div_ceil(FIXED_GROUP)];
-        let part = whole.len();
-        let x = x.map(|(x, scales)| (&x[part * FIXED_BLOCKS..], scales[part]));
-        add_part::<S, W, T>(simd, fours, &scales, x, crowded, &mut sums);
+    if !(cut[0].1.is_empty() && weights[0].is_whole()) {
+        let blocks = cut[0].1.len() + usize::from(!weights[0].is_whole());
+        let last: [_; R] = std::array::from_fn(|r| padded(&weights[r], cut[r].1));
+        let raw = std::array::from_fn(|r| &last[r].0.as_chunks().0[..blocks.div_ceil(FIXED_GROUP)]);
+        let scales = std::array::from_fn(|r| &last[r].1);
+        let x = std::array::from_fn(|t| (&x[t].0[parts * FIXED_BLOCKS..], x[t].1[parts]));
+        add_part::<S, W, R, T>(simd, raw, scales, x, crowded, &mut sums);
     }
     sums
 }
 
-/// Adds the products of a part of a row.
+/// Adds the products of a part of each row.
+///
+/// Nothing that calls intrinsics stands in a closure here: the compiler does not always inline those of
+/// arrays.
 #[inline(always)]
-fn add_part<S: Simd, W: Levels, const T: usize>(
+fn add_part<S: Simd, W: Levels, const R: usize, const T: usize>(
     simd: S,
-    raw: &[[W::Raw; FIXED_GROUP]],
-    scales: &[f16; FIXED_BLOCKS],
+    raw: [&[[W::Raw; FIXED_GROUP]]; R],
+    scales: [&[f16; FIXED_BLOCKS]; R],
     x: [(&[[i16; BLOCK]], f32); T],
     crowded: bool,
-    sums: &mut [[S::Floats; 4]; T],
+    sums: &mut [[[S::Floats; 4]; T]; R],
 ) {
-    let scales = scale_products(simd, scales, x.map(|(_, scale)| scale));
+    let x_scales = std::array::from_fn(|t| x[t].1);
+    let mut products = [[[0.0; BLOCK]; T]; R];
+    for r in 0..R {
+        products[r] = scale_products(simd, scales[r], x_scales);
+    }
     // Slices of equal length, as above.
-    let scales = scales.each_ref().map(|s| &s.as_chunks::<FIXED_GROUP>().0[..raw.len()]);
-    let x = x.map(|(x, _)| &x.as_chunks::<FIXED_GROUP>().0[..raw.len()]);
-    for (i, raw) in raw.iter().enumerate() {
-        if crowded {
-            ask_ahead(simd, raw);
+    let groups = raw[0].len();
+    let raw: [_; R] = std::array::from_fn(|r| &raw[r][..groups]);
+    let scales: [[_; T]; R] = std::array::from_fn(|r| {
+        std::array::from_fn(|t| &products[r][t].as_chunks::<FIXED_GROUP>().0[..groups])
+    });
+    let x: [_; T] = std::array::from_fn(|t| &x[t].0.as_chunks::<FIXED_GROUP>().0[..groups]);
+    for i in 0..groups {
+        let x = std::array::from_fn(|t| &x[t][i]);
+        for r in 0..R {
+            let raw = &raw[r][i];
+            if R > 1 {
+                ask_near(simd, raw);
+            } else if crowded {
+                ask_ahead(simd, raw);
+            }
+            let scales = std::array::from_fn(|t| &scales[r][t][i]);
+            W::add(simd, raw, x, scales, &mut sums[r]);
         }
-        W::add(simd, raw, x.map(|x| &x[i]), scales.map(|scales| &scales[i]), sums);
     }
 }
 

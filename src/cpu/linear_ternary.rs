@@ -6,6 +6,9 @@
 //!
 //! A field holds weight + 1, so that the sum of the activations is subtracted in the end.
 
+use std::array::from_ref;
+
+use super::reading::{Reading, ask_near, side_by_side};
 use super::simd::{Kernel, Simd, TERNARY_BLOCK};
 use super::strips::{Strip, cut};
 use super::tensor::Tensor;
@@ -41,6 +44,7 @@ pub(super) fn linear(machine: &Machine, x: &Tensor, parts: &[Matrix], out: &mut 
             x_sums: &x.sums[..tokens],
             out: columns,
             add,
+            reading: machine.reading,
         });
     });
 }
@@ -60,6 +64,7 @@ struct Product<'a> {
     /// `[T, 4]` slices of `rows`; those of the last fields may be shorter.
     out: Vec<&'a mut [f32]>,
     add: bool,
+    reading: Reading,
 }
 
 impl Kernel for Product<'_> {
@@ -72,65 +77,96 @@ impl Kernel for Product<'_> {
         // A tile of tokens stays in the nearest cache while the strip's rows pass by.
         while S::TILE >= 4 && tokens - token >= 4 {
             for row in 0..rows {
-                self.tile::<S, 4>(simd, row, token);
+                self.tile::<S, 1, 4>(simd, [row], token);
             }
             token += 4;
         }
         while tokens - token >= 2 {
             for row in 0..rows {
-                self.tile::<S, 2>(simd, row, token);
+                self.tile::<S, 1, 2>(simd, [row], token);
             }
             token += 2;
         }
         if token < tokens {
-            // One row after the other: processors foresee what lies ahead in one long stream, poorly
-            // in several short ones.
-            for row in 0..rows {
-                self.tile::<S, 1>(simd, row, token);
+            match self.reading.rows::<S>() {
+                4 => self.one_token::<S, 4>(simd, token),
+                2 => self.one_token::<S, 2>(simd, token),
+                _ => self.one_token::<S, 1>(simd, token),
             }
         }
     }
 }
 
 impl Product<'_> {
-    /// A packed row times `T` tokens.
+    /// All packed rows times one token, `R` of them at once.
     #[inline(always)]
-    fn tile<S: Simd, const T: usize>(&mut self, simd: S, row: usize, token: usize) {
+    fn one_token<S: Simd, const R: usize>(&mut self, simd: S, token: usize) {
+        let rows = self.packed.len() / self.cols;
+        let whole = rows / R * R;
+        for group in 0..whole / R {
+            let group = std::array::from_fn(|r| side_by_side::<R>(whole, group, r));
+            self.tile::<S, R, 1>(simd, group, token);
+        }
+        for row in whole..rows {
+            self.tile::<S, 1, 1>(simd, [row], token);
+        }
+    }
+
+    /// `R` packed rows times `T` tokens.
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const T: usize>(
+        &mut self,
+        simd: S,
+        rows: [usize; R],
+        token: usize,
+    ) {
         let cols = self.cols;
-        let packed = self.packed[row * cols..][..cols].as_chunks::<TERNARY_BLOCK>();
+        let packed = rows.map(|row| self.packed[row * cols..][..cols].as_chunks::<TERNARY_BLOCK>());
         let x: [_; T] = std::array::from_fn(|t| {
             self.x[(token + t) * cols..][..cols].as_chunks::<TERNARY_BLOCK>()
         });
         let blocks = cols / TERNARY_BLOCK;
         // Slices of equal length, and known to be so: the loop below checks no index.
-        let whole_packed = &packed.0[..blocks];
+        let whole_packed = packed.map(|packed| &packed.0[..blocks]);
         let whole_x: [_; T] = std::array::from_fn(|t| &x[t].0[..blocks]);
-        let mut totals = [[0i32; 4]; T];
+        let mut totals = [[[0i32; 4]; T]; R];
         let mut start = 0;
         while start < blocks {
             let end = blocks.min(start + S::DOT_BLOCKS.min(blocks));
-            let mut sums = [[simd.no_sums(); 4]; T];
+            let mut sums = [[[simd.no_sums(); 4]; T]; R];
             for block in start..end {
                 let x: [_; T] = std::array::from_fn(|t| &whole_x[t][block]);
-                multiply(simd, &whole_packed[block], x, &mut sums);
+                for r in 0..R {
+                    let packed = &whole_packed[r][block];
+                    if R > 1 {
+                        ask_near(simd, from_ref(packed));
+                    }
+                    multiply(simd, packed, x, &mut sums[r]);
+                }
             }
-            add_totals(simd, &sums, &mut totals);
+            for r in 0..R {
+                add_totals(simd, &sums[r], &mut totals[r]);
+            }
             start = end;
         }
         if !cols.is_multiple_of(TERNARY_BLOCK) {
             // Activations of zero beyond the end: what the weights are there does not matter.
             let x: [_; T] = std::array::from_fn(|t| padded(x[t].1));
-            let mut sums = [[simd.no_sums(); 4]; T];
-            multiply(simd, &padded(packed.1), x.each_ref(), &mut sums);
-            add_totals(simd, &sums, &mut totals);
+            for r in 0..R {
+                let mut sums = [[simd.no_sums(); 4]; T];
+                multiply(simd, &padded(packed[r].1), x.each_ref(), &mut sums);
+                add_totals(simd, &sums, &mut totals[r]);
+            }
         }
-        for (t, totals) in totals.iter().enumerate() {
-            let token = token + t;
-            let scale = self.x_scales[token] * self.scale;
-            for (field, total) in totals.iter().enumerate() {
-                if let Some(out) = self.out[4 * token + field].get_mut(row) {
-                    let y = (total - self.x_sums[token]) as f32 * scale;
-                    *out = if self.add { *out + y } else { y };
+        for (row, totals) in rows.into_iter().zip(totals) {
+            for (t, totals) in totals.into_iter().enumerate() {
+                let token = token + t;
+                let scale = self.x_scales[token] * self.scale;
+                for (field, total) in totals.into_iter().enumerate() {
+                    if let Some(out) = self.out[4 * token + field].get_mut(row) {
+                        let y = (total - self.x_sums[token]) as f32 * scale;
+                        *out = if self.add { *out + y } else { y };
+                    }
                 }
             }
         }

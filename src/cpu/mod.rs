@@ -29,6 +29,7 @@ mod norm;
 mod page_scores;
 mod pages;
 mod read_speed;
+mod reading;
 mod rope_append;
 mod rows;
 mod sample;
@@ -56,6 +57,7 @@ pub use simd::Kernels;
 pub use stream::Stream;
 pub use tensor::Tensor;
 
+use reading::Reading;
 use simd::Level;
 use strips::Strip;
 use tensor::Aligned;
@@ -96,7 +98,8 @@ impl Cpu {
             driver: format!("{}, {} thread{plural}", kernels.name(), threads.count()),
             features: Vec::new(),
         };
-        Ok(Self { machine: Arc::new(Machine { info, level, threads }) })
+        let reading = Reading::of_this_processor();
+        Ok(Self { machine: Arc::new(Machine { info, level, reading, threads }) })
     }
 
     fn error(&self, what: &str, message: &str) -> Error {
@@ -125,6 +128,7 @@ const STRIPS: usize = 8;
 struct Machine {
     info: DeviceInfo,
     level: Level,
+    reading: Reading,
     threads: Threads,
 }
 

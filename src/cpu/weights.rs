@@ -2,11 +2,7 @@
 
 use half::f16;
 
-use super::simd::{BLOCK, LINE, Simd};
-
-/// How far ahead of a product its weights are asked for, where that pays: what a core reads in about
-/// half a microsecond, so that no line is late, and little beside a second-level cache.
-const AHEAD: usize = 16 * 1024;
+use super::simd::{BLOCK, Simd};
 
 /// A format of weights.
 pub(super) trait Weight {
@@ -22,26 +18,6 @@ pub(super) trait Weight {
     /// Decodes vector `i` of a block; `scale` holds the bits of an `f16` where the format has one.
     /// `#[inline(always)]`.
     fn load<S: Simd>(simd: S, raw: &Self::Raw, scale: u16, i: usize) -> S::Floats;
-}
-
-/// Whether a product with a few tokens is to [`ask_ahead`]: their activations, which pass by with each
-/// row, take so many bytes.
-///
-/// Weights are one long stream, which each processor foresees. But where activations do not fit the
-/// nearest cache beside it, they are a stream as well, out of the next cache, and the two hinder each
-/// other: rows of 8192 columns were read at half the speed of short ones. Where activations do fit,
-/// asking costs a little and gains nothing.
-pub(super) fn crowds(bytes: usize) -> bool {
-    bytes >= 12 * 1024
-}
-
-/// Asks for what follows `blocks` at some distance, in the second-level cache: in the nearest it would
-/// drive the activations out.
-#[inline(always)]
-pub(super) fn ask_ahead<S: Simd, Raw: AsRef<[u8]>, const N: usize>(simd: S, blocks: &[Raw; N]) {
-    for line in (0..size_of_val(blocks)).step_by(LINE) {
-        simd.prefetch_second(blocks[0].as_ref(), AHEAD + line);
-    }
 }
 
 /// A format of integers with scales.
