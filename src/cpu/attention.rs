@@ -18,6 +18,7 @@ use std::ops::Range;
 use super::attention_decoded::Decoded;
 use super::attention_in_place::InPlace;
 use super::cache::{Cache, Keys};
+use super::reading::Reading;
 use super::rows::Blocks;
 use super::simd::{BLOCK, Kernel, Simd};
 use super::tensor::{Aligned, Tensor};
@@ -50,10 +51,12 @@ pub(super) struct Plan {
     /// Segments of the sequence, and the keys of each.
     segments: usize,
     segment: usize,
+    pub(super) reading: Reading,
 }
 
 impl Plan {
-    fn new(cache: &Cache, phase: Phase, position: usize, rows: usize, threads: usize) -> Self {
+    fn new(cache: &Cache, phase: Phase, position: usize, rows: usize, machine: &Machine) -> Self {
+        let (threads, reading) = (machine.threads.count(), machine.reading);
         let shape = cache.shape;
         let tokens = (QUERIES / (shape.heads / shape.kv_heads)).clamp(1, rows.max(1));
         let tasks = shape.kv_heads * rows.div_ceil(tokens);
@@ -68,7 +71,7 @@ impl Plan {
         let segment = keys.div_ceil(segments).next_multiple_of(unit);
         let segments = keys.div_ceil(segment).max(1);
         let rule = cache.policy.rule(phase);
-        Self { shape, rule, position, rows, tokens, segments, segment }
+        Self { shape, rule, position, rows, tokens, segments, segment, reading }
     }
 
     /// Query heads that share a KV head.
@@ -99,7 +102,7 @@ pub(super) fn attention(
     out: &mut Tensor,
 ) {
     let shape = cache.shape;
-    let plan = Plan::new(cache, phase, position, qkv.rows(), machine.threads.count());
+    let plan = Plan::new(cache, phase, position, qkv.rows(), machine);
     assert_eq!(qkv.width(), shape.qkv_width(), "qkv width");
     assert!(position + plan.rows <= cache.context, "context");
     out.set_rows(plan.rows);

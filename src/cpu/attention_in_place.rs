@@ -45,8 +45,8 @@ impl<'a> InPlace<'a> {
         let pages = match &task.cache.keys {
             Keys::Plain(_) => None,
             Keys::Compressed(keys) => {
-                let pages = &keys.pages[task.kv_head];
-                Some((keys, PageScores::new(&keys.layout, pages, tiles, memory)))
+                let (pages, ask) = (&keys.pages[task.kv_head], task.plan.reading.asks());
+                Some((keys, PageScores::new(&keys.layout, pages, ask, tiles, memory)))
             }
         };
         Self { task, window: task.windows().start, pages }
@@ -63,6 +63,7 @@ impl Products for InPlace<'_> {
         scores: &mut [Block],
     ) {
         let Self { task, window, pages } = self;
+        let ask = task.plan.reading.asks();
         let Cache { shape: AttentionShape { head_dim, .. }, context, policy, keys, .. } =
             task.cache;
         let blocks = head_dim / BLOCK;
@@ -71,7 +72,7 @@ impl Products for InPlace<'_> {
         match (keys, pages) {
             (Keys::Plain(store), _) => {
                 let row = task.kv_head * context + start;
-                plain(simd, store, row * head_dim, query, blocks, 0..end - start, found);
+                plain(simd, store, (row * head_dim, ask), query, blocks, 0..end - start, found);
             }
             (Keys::Compressed(_), Some((keys, pages))) => {
                 let cut = |at: usize| at.clamp(start, end);
@@ -85,7 +86,7 @@ impl Products for InPlace<'_> {
                         let (store, row, neighbours) = keys.original(task.kv_head, n);
                         let count = neighbours.min(exact.end - n);
                         let places = n - start..n - start + count;
-                        plain(simd, store, row * head_dim, query, blocks, places, found);
+                        plain(simd, store, (row * head_dim, ask), query, blocks, places, found);
                         n += count;
                     }
                 }
@@ -102,7 +103,8 @@ impl Products for InPlace<'_> {
         weights: &mut [Block],
         sums: &mut [Block],
     ) {
-        let Task { cache, kv_head, .. } = self.task;
+        let Task { plan, cache, kv_head, .. } = self.task;
+        let ask = plan.reading.asks();
         let (start, count) = (positions.start, positions.len());
         let head_dim = cache.shape.head_dim;
         let row = kv_head * cache.context + start;
@@ -110,19 +112,19 @@ impl Products for InPlace<'_> {
         match &cache.values {
             Values::Plain(Store::F32(all)) => {
                 let rows = (bytemuck::cast_slice(&all[rows]), 4 * head_dim);
-                add_values::<S, Float32>(simd, weights, rows, sums);
+                add_values::<S, Float32>(simd, weights, rows, sums, ask);
             }
             Values::Plain(Store::F16(all)) => {
                 let rows = (bytemuck::cast_slice(&all[rows]), 2 * head_dim);
-                add_values::<S, Float16>(simd, weights, rows, sums);
+                add_values::<S, Float16>(simd, weights, rows, sums, ask);
             }
             Values::Quantised(all) => {
                 all.scale_weights(simd, kv_head, start, count, weights, sums);
                 let rows = all.rows(kv_head, start, count);
                 if all.format == ValueFormat::Int8 {
-                    add_values::<S, Signed8>(simd, weights, rows, sums);
+                    add_values::<S, Signed8>(simd, weights, rows, sums, ask);
                 } else {
-                    add_values::<S, Apart4>(simd, weights, rows, sums);
+                    add_values::<S, Apart4>(simd, weights, rows, sums, ask);
                 }
             }
         }
@@ -136,13 +138,13 @@ impl Products for InPlace<'_> {
     }
 }
 
-/// Products of all queries with rows of a store from element `at` on, into `places` of each tile's
-/// scores.
+/// Products of all queries with rows of a store from element `at` on, asked for ahead if `ask`, into
+/// `places` of each tile's scores.
 #[inline(always)]
 fn plain<S: Simd>(
     simd: S,
     store: &Store,
-    at: usize,
+    (at, ask): (usize, bool),
     query: &[Block],
     blocks: usize,
     places: Range<usize>,
@@ -153,10 +155,10 @@ fn plain<S: Simd>(
         let (rows, places) = (rows.clone(), places.clone());
         match store {
             Store::F32(all) => {
-                products::<S, Float32>(simd, query, raw(&all[rows]), found, places);
+                products::<S, Float32>(simd, query, raw(&all[rows]), found, places, ask);
             }
             Store::F16(all) => {
-                products::<S, Float16>(simd, query, raw(&all[rows]), found, places);
+                products::<S, Float16>(simd, query, raw(&all[rows]), found, places, ask);
             }
         }
     }

@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use super::attention::{Block, KEYS};
+use super::reading::ask_near;
 use super::simd::{BLOCK, Simd};
 use super::weights::Weight;
 
@@ -22,7 +23,7 @@ pub(super) fn raw<T: bytemuck::Pod, const BYTES: usize>(rows: &[T]) -> &[[u8; BY
 }
 
 /// Products of the queries of a tile, `[TILE, blocks]`, with as many rows `[blocks]` as there are
-/// `places`, which is where they go.
+/// `places`, which is where they go; what follows the rows is asked for ahead if `ask`.
 #[inline(always)]
 pub(super) fn products<S: Simd, W: Weight>(
     simd: S,
@@ -30,11 +31,12 @@ pub(super) fn products<S: Simd, W: Weight>(
     rows: &[W::Raw],
     out: &mut Scores,
     places: Range<usize>,
+    ask: bool,
 ) {
     if S::TILE >= 4 {
-        products_of::<S, W, 4>(simd, query, rows, out, places);
+        products_of::<S, W, 4>(simd, query, rows, out, places, ask);
     } else {
-        products_of::<S, W, 2>(simd, query, rows, out, places);
+        products_of::<S, W, 2>(simd, query, rows, out, places, ask);
     }
 }
 
@@ -46,12 +48,16 @@ fn products_of<S: Simd, W: Weight, const K: usize>(
     rows: &[W::Raw],
     out: &mut Scores,
     places: Range<usize>,
+    ask: bool,
 ) {
     let blocks = query.len() / TILE;
     let whole = places.len() / K * K;
     let (whole_rows, rest_rows) = rows.split_at(whole * blocks);
     let firsts = places.clone().step_by(K);
     for (first, rows) in firsts.zip(whole_rows.chunks_exact(K * blocks)) {
+        if ask {
+            ask_near(simd, rows);
+        }
         tile::<S, W, K>(simd, query, rows, out, first);
     }
     for (place, row) in (places.start + whole..places.end).zip(rest_rows.chunks_exact(blocks)) {
@@ -102,21 +108,22 @@ fn tile<S: Simd, W: Weight, const K: usize>(
 }
 
 /// Adds `weights` `[padded, KEYS]` times the values in `rows`, at most [`KEYS`] of `stride` bytes each,
-/// to `sums` `[padded, blocks + 1]`.
+/// to `sums` `[padded, blocks + 1]`; what follows the rows is asked for ahead if `ask`.
 #[inline(always)]
 pub(super) fn add_values<S: Simd, W: Weight>(
     simd: S,
     weights: &[Block],
     (rows, stride): (&[u8], usize),
     sums: &mut [Block],
+    ask: bool,
 ) {
     let blocks = sums.len() / weights.len() - 1;
     if S::LANES < 16 {
-        add_values_of::<S, W, 2, 1>(simd, weights, (rows, stride), sums);
+        add_values_of::<S, W, 2, 1>(simd, weights, (rows, stride), sums, ask);
     } else if blocks.is_multiple_of(2) {
-        add_values_of::<S, W, 4, 2>(simd, weights, (rows, stride), sums);
+        add_values_of::<S, W, 4, 2>(simd, weights, (rows, stride), sums, ask);
     } else {
-        add_values_of::<S, W, 4, 1>(simd, weights, (rows, stride), sums);
+        add_values_of::<S, W, 4, 1>(simd, weights, (rows, stride), sums, ask);
     }
 }
 
@@ -127,6 +134,7 @@ fn add_values_of<S: Simd, W: Weight, const Q: usize, const B: usize>(
     weights: &[Block],
     (rows, stride): (&[u8], usize),
     sums: &mut [Block],
+    ask: bool,
 ) {
     let width = sums.len() / weights.len();
     for (weights, sums) in weights.chunks_exact(Q).zip(sums.chunks_exact_mut(Q * width)) {
@@ -142,6 +150,9 @@ fn add_values_of<S: Simd, W: Weight, const Q: usize, const B: usize>(
             }
             for (key, row) in rows.chunks_exact(stride).take(KEYS).enumerate() {
                 let values = &W::split(row).0[first..][..B];
+                if ask {
+                    ask_near(simd, values);
+                }
                 for b in 0..B {
                     for i in 0..BLOCK / S::LANES {
                         let v = W::load(simd, &values[b], 0, i);

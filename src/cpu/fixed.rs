@@ -115,7 +115,7 @@ impl Kernel for Round<'_> {
                 }
             }
             if self.apart {
-                levels.as_chunks_mut().0.iter_mut().for_each(|pair| simd.words_apart(pair));
+                levels.as_chunks_mut().0.iter_mut().for_each(|four| simd.words_apart(four));
             }
         }
     }

@@ -84,6 +84,10 @@ impl Cpu {
     /// # Errors
     /// If the processor lacks the instructions, or threads cannot be started.
     pub fn with_kernels(threads: Option<usize>, kernels: Kernels) -> Result<Self> {
+        Self::with_reading(threads, kernels, Reading::of_this_processor())
+    }
+
+    fn with_reading(threads: Option<usize>, kernels: Kernels, reading: Reading) -> Result<Self> {
         let level = Level::new(kernels).ok_or_else(|| Error::Device {
             device: "CPU".into(),
             what: "choosing kernels".into(),
@@ -98,7 +102,6 @@ impl Cpu {
             driver: format!("{}, {} thread{plural}", kernels.name(), threads.count()),
             features: Vec::new(),
         };
-        let reading = Reading::of_this_processor();
         Ok(Self { machine: Arc::new(Machine { info, level, reading, threads }) })
     }
 

@@ -12,14 +12,17 @@
 //! so that a token costs what its levels cost, and a chain needs the score of the token before
 //! instead of its key.
 //!
-//! Nothing is asked for ahead: a burst of requests for the next page keeps the values waiting, which
-//! costs more than it gains (benches/runs/2026-11-25-epyc-depth).
+//! The next page is asked for ahead only where that pays ([`Reading::asks`]): elsewhere a burst of
+//! requests keeps the values waiting, which costs more than it gains
+//! (benches/runs/2026-11-25-epyc-depth).
+//!
+//! [`Reading::asks`]: super::reading::Reading::asks
 
 use std::ops::Range;
 
 use super::attention::Block;
 use super::attention_tiles::{Scores, TILE, products, raw};
-use super::pages::{Bytes, Field, Halves, Nibbles};
+use super::pages::{Bytes, Field, Halves, Nibbles, prefetch_next};
 use super::simd::{BLOCK, Simd, apart};
 use super::weights::{Apart4, Float16, Float32, Row, Signed8, Unsigned2, Weight};
 use crate::delta::{ChannelBits, DeltaFormat, KeyFormat, Page, PageLayout, Reference};
@@ -28,6 +31,8 @@ use crate::delta::{ChannelBits, DeltaFormat, KeyFormat, Page, PageLayout, Refere
 pub(super) struct PageScores<'a> {
     layout: &'a PageLayout,
     pages: &'a [Page],
+    /// Whether to ask for the next page ahead.
+    ask: bool,
     /// The page that the rest is about.
     page: Option<usize>,
     /// Queries times the scales of channels, in the order of the levels, `[tiles, TILE, blocks]`; not
@@ -51,6 +56,7 @@ impl<'a> PageScores<'a> {
     pub(super) fn new(
         layout: &'a PageLayout,
         pages: &'a [Page],
+        ask: bool,
         tiles: usize,
         memory: &'a mut [Block],
     ) -> Self {
@@ -58,7 +64,7 @@ impl<'a> PageScores<'a> {
         let (scaled, rest) = memory.split_at_mut(tiles * TILE * blocks);
         let constants = &mut rest[..2 * blocks];
         let base = [[0.0; TILE]; 2];
-        Self { layout, pages, page: None, scaled, base, token: 0, next: 0, constants }
+        Self { layout, pages, ask, page: None, scaled, base, token: 0, next: 0, constants }
     }
 
     /// Writes the scores of the queries `[tiles, TILE, blocks]` with the keys at `positions`, which lie
@@ -149,6 +155,9 @@ impl<'a> PageScores<'a> {
         out: &mut [Scores],
     ) {
         let Some(page) = self.page else { return };
+        if self.ask {
+            prefetch_next(simd, self.layout, self.pages, page, first..first + places.len());
+        }
         let bytes: &[u8] = bytemuck::cast_slice(&self.pages[page].words);
         let row = 4 * self.layout.level_words();
         let at = 4 * self.layout.levels() + first * row;
@@ -161,7 +170,7 @@ impl<'a> PageScores<'a> {
                 Row::<Float16>::new(halves, &[]).decode(simd, &mut scales);
                 for (query, out) in query.chunks_exact(self.tile()).zip(out) {
                     let levels = raw(&bytes[levels.clone()]);
-                    products::<S, Signed8>(simd, query, levels, out, places.clone());
+                    products::<S, Signed8>(simd, query, levels, out, places.clone(), false);
                     for out in out {
                         let scores = out[places.clone()].iter_mut().zip(&scales[0]);
                         scores.for_each(|(score, scale)| *score *= scale);
@@ -174,10 +183,24 @@ impl<'a> PageScores<'a> {
                     let (levels, places) = (&bytes[levels.clone()], places.clone());
                     match bits {
                         ChannelBits::Four => {
-                            products::<S, Apart4>(simd, query, raw(levels), out, places.clone());
+                            products::<S, Apart4>(
+                                simd,
+                                query,
+                                raw(levels),
+                                out,
+                                places.clone(),
+                                false,
+                            );
                         }
                         ChannelBits::Two => {
-                            products::<S, Unsigned2>(simd, query, raw(levels), out, places.clone());
+                            products::<S, Unsigned2>(
+                                simd,
+                                query,
+                                raw(levels),
+                                out,
+                                places.clone(),
+                                false,
+                            );
                         }
                     }
                     for (out, base) in out.iter_mut().zip(base) {
@@ -269,7 +292,7 @@ impl<'a> PageScores<'a> {
 fn start<S: Simd, W: Weight>(simd: S, query: &[Block], row: &[W::Raw], out: &mut [[f32; TILE]]) {
     for (query, out) in query.chunks_exact(TILE * row.len()).zip(out) {
         let mut scores: Scores = [[0.0; BLOCK]; TILE];
-        products::<S, W>(simd, query, row, &mut scores, 0..1);
+        products::<S, W>(simd, query, row, &mut scores, 0..1, false);
         *out = scores.map(|scores| scores[0]);
     }
 }

@@ -154,7 +154,7 @@ impl<'a> Reader<'a> {
 /// Asks for as large a part of the page after `page` as the `tokens` that are read are of this one:
 /// pages lie apart, and no processor foresees where the next one begins.
 #[inline(always)]
-fn prefetch_next<S: Simd>(
+pub(super) fn prefetch_next<S: Simd>(
     simd: S,
     layout: &PageLayout,
     pages: &[Page],

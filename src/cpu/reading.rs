@@ -1,4 +1,4 @@
-//! How the weights of a product with one token are read: once, and as fast as memory gives them.
+//! How what a token reads once, weights above all, is read as fast as memory gives it.
 
 use super::simd::{LINE, Simd};
 
@@ -6,8 +6,8 @@ use super::simd::{LINE, Simd};
 /// half a microsecond, so that no line is late, and little beside a second-level cache.
 const AHEAD: usize = 16 * 1024;
 
-/// How far ahead rows side by side are asked for, each: what a core reads of one of them in a tenth
-/// of a microsecond, and little beside the nearest cache even where four are read.
+/// How far ahead rows side by side are asked for, each: what a core reads of one of them in half a
+/// microsecond, and little beside the nearest cache even where four are read.
 const NEAR: usize = 2 * 1024;
 
 /// The order in which the rows of a strip are read.
@@ -18,9 +18,8 @@ pub(super) enum Reading {
     /// As many rows at once as registers hold the sums of, from as many places of the strip, each asked
     /// for a little ahead.
     ///
-    /// Where a processor does not foresee enough, as Intel's do not beyond a page of 4 KB, lines that
-    /// are asked for in time and from several pages twice the speed (measured in
-    /// benches/runs/2026-11-29-xeon-cpu).
+    /// Where a processor does not foresee enough, lines that are asked for in time, and from several
+    /// pages, twice the speed (measured in benches/runs/2026-11-29-xeon-cpu).
     SideBySide,
 }
 
@@ -39,6 +38,12 @@ impl Reading {
             }
         }
         Self::InTurn
+    }
+
+    /// Whether what is read once is to be asked for a little ahead: see [`ask_near`].
+    #[inline(always)]
+    pub(super) fn asks(self) -> bool {
+        self == Self::SideBySide
     }
 
     /// Rows at once.
@@ -60,9 +65,11 @@ pub(super) fn side_by_side<const R: usize>(rows: usize, group: usize, i: usize) 
 
 /// Asks for what follows `blocks` of one of several rows that are read at once.
 #[inline(always)]
-pub(super) fn ask_near<S: Simd, Raw: AsRef<[u8]>, const N: usize>(simd: S, blocks: &[Raw; N]) {
-    for line in (0..size_of_val(blocks)).step_by(LINE) {
-        simd.prefetch(blocks[0].as_ref(), NEAR + line);
+pub(super) fn ask_near<S: Simd, Raw: AsRef<[u8]>>(simd: S, blocks: &[Raw]) {
+    if let Some(first) = blocks.first() {
+        for line in (0..size_of_val(blocks)).step_by(LINE) {
+            simd.prefetch(first.as_ref(), NEAR + line);
+        }
     }
 }
 
@@ -83,5 +90,93 @@ pub(super) fn crowds(bytes: usize) -> bool {
 pub(super) fn ask_ahead<S: Simd, Raw: AsRef<[u8]>, const N: usize>(simd: S, blocks: &[Raw; N]) {
     for line in (0..size_of_val(blocks)).step_by(LINE) {
         simd.prefetch_second(blocks[0].as_ref(), AHEAD + line);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Cpu, Kernels};
+    use super::*;
+    use crate::backend::{
+        AttentionShape, Backend, Input, MatrixFormat, Operations, Step, StreamShape, TensorFormat,
+    };
+    use crate::checkpoint::{FloatType, MatrixSource};
+    use crate::delta::Phase;
+    use crate::sampler::Draws;
+
+    /// The product of a matrix with `tokens` rows.
+    fn product(cpu: &Cpu, source: &MatrixSource, tokens: usize) -> Vec<f32> {
+        let mut draws = Draws::new(3);
+        let (rows, cols) = (source.rows(), source.cols());
+        let linear = cpu.linear(std::slice::from_ref(source)).expect("linear");
+        let count = tokens * cols;
+        let mut x;
+        if source.format() == MatrixFormat::Ternary {
+            x = cpu.tensor(tokens, cols, TensorFormat::Int8).expect("tensor");
+            let values: Vec<i8> = (0..count).map(|_| (255.0 * draws.draw()) as u8 as i8).collect();
+            cpu.write_int8(&mut x, &values, &vec![0.01; tokens]).expect("written");
+        } else {
+            x = cpu.tensor(tokens, cols, TensorFormat::F32).expect("tensor");
+            let values: Vec<f32> = (0..count).map(|_| draws.draw() - 0.5).collect();
+            cpu.write(&mut x, &values).expect("written");
+        }
+        let mut out = cpu.tensor(tokens, rows, TensorFormat::F32).expect("tensor");
+        let attention = AttentionShape { heads: 1, kv_heads: 1, head_dim: 64 };
+        let shape = StreamShape { rows: tokens, context: tokens, attention, vocabulary: 32 };
+        let mut stream = cpu.stream(&shape).expect("stream");
+        let input = Input::Tokens(&vec![0; tokens]);
+        stream.begin(&Step { input, position: 0, phase: Phase::Decode }).expect("begun");
+        stream.linear(&x, &linear, &mut out).expect("product");
+        stream.read(&out).expect("read")
+    }
+
+    #[test]
+    fn rows_side_by_side_have_the_bits_of_rows_in_turn() {
+        let mut draws = Draws::new(2);
+        let mut bytes = |count: usize| -> Vec<u8> {
+            (0..count).map(|_| (256.0 * draws.draw()) as u8).collect()
+        };
+        // Rows that four divides and does not, whole strips and parts; columns of whole blocks, of parts
+        // of 512, and less.
+        for (rows, cols) in [(1, 32), (7, 100), (64, 64), (203, 640), (1036, 544)] {
+            let mut float = bytes(2 * rows * cols);
+            float.chunks_exact_mut(2).for_each(|pair| pair[1] = 0x3c | pair[1] & 0x80);
+            let float = MatrixSource::float("w", rows, cols, FloatType::BF16, float.into());
+            let mut sources = vec![float.clone().into_q8(), float.clone().into_q4(), float];
+            if rows.is_multiple_of(4) {
+                let trits = |b: u8| b & !((b & b >> 1 & 0x55) << 1);
+                let packed: Vec<u8> = bytes(rows / 4 * cols).into_iter().map(trits).collect();
+                sources.push(MatrixSource::packed("w", rows, cols, packed.into(), 0.5));
+            }
+            for kernels in Kernels::available() {
+                let cpu = |reading| Cpu::with_reading(Some(2), kernels, reading).expect("started");
+                let (in_turn, side_by_side) = (cpu(Reading::InTurn), cpu(Reading::SideBySide));
+                for (source, tokens) in sources.iter().flat_map(|s| [1, 2, 5].map(|t| (s, t))) {
+                    let want = product(&in_turn, source, tokens);
+                    assert!(want.iter().any(|y| *y != 0.0));
+                    let found = product(&side_by_side, source, tokens);
+                    let format = source.format();
+                    assert_eq!(
+                        found, want,
+                        "{kernels:?} {format:?} {rows} x {cols}, {tokens} tokens"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn both_ways_read_all_there_is() {
+        // Strips of a MiB, one of less, and words beyond the last line.
+        let bytes = (5 << 19) + 12;
+        let sum = |reading| {
+            let kernels = Kernels::available().pop().expect("there is always one");
+            let cpu = Cpu::with_reading(Some(2), kernels, reading).expect("started");
+            cpu.read_speed(bytes).expect("read").sum
+        };
+        let want = (0..bytes as u32 / 4).map(crate::backend::read_pattern);
+        let want = want.fold(0, |sum: u32, word| sum.wrapping_add(word));
+        assert_eq!(sum(Reading::InTurn), want);
+        assert_eq!(sum(Reading::SideBySide), want);
     }
 }

@@ -162,15 +162,10 @@ impl Levels for Levels4 {
         scales: [&[f32; 4]; T],
         sums: &mut [[S::Floats; 4]; T],
     ) {
-        for (pair, raw) in raw.as_chunks::<2>().0.iter().enumerate() {
-            let i = 2 * pair;
-            let w = simd.words_u4_less_8(raw);
-            for t in 0..T {
-                let x = [simd.words(&x[t][i]), simd.words(&x[t][i + 1])];
-                let scales = [scales[t][i], scales[t][i + 1]];
-                let both = simd.add_apart([sums[t][i], sums[t][i + 1]], w, x, &scales);
-                [sums[t][i], sums[t][i + 1]] = both;
-            }
+        for t in 0..T {
+            let [a, b, c, d] = x[t];
+            let x = [simd.words(a), simd.words(b), simd.words(c), simd.words(d)];
+            sums[t] = simd.add_u4(sums[t], raw, x, scales[t]);
         }
     }
 }

@@ -353,21 +353,29 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn words_u4_less_8(self, from: &[[u8; BLOCK / 2]; 2]) -> [[__m256i; 2]; 2] {
-        from.each_ref().map(|from| {
+    fn add_u4(
+        self,
+        sums: [__m256; 4],
+        from: &[[u8; BLOCK / 2]; 4],
+        x: [[__m256i; 2]; 4],
+        scales: &[f32; 4],
+    ) -> [__m256; 4] {
+        let mut words = x;
+        for (words, from) in words.iter_mut().zip(from) {
             let bytes = memory!(from[0, 16] => |p| _mm_loadu_si128(p.cast()));
-            simd! {
+            *words = simd! {
                 let (words, eight) = (_mm256_cvtepu8_epi16(bytes), _mm256_set1_epi16(8));
                 let lower = _mm256_and_si256(words, _mm256_set1_epi16(15));
                 let upper = _mm256_srli_epi16::<4>(words);
                 [_mm256_sub_epi16(lower, eight), _mm256_sub_epi16(upper, eight)]
-            }
-        })
+            };
+        }
+        self.add_blocks(sums, words, x, scales)
     }
 
     /// The first vector of a block has the lower fields, the second the upper ones.
     #[inline(always)]
-    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 2]) {
+    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 4]) {
         for block in blocks {
             let [a, b] = self.words(block);
             let [lower, upper] = simd! {

@@ -315,44 +315,64 @@ impl Simd for Avx512 {
         memory!(from[0, 32] => |p| _mm512_cvtepi8_epi16(_mm256_loadu_si256(p.cast())))
     }
 
+    /// Vector `i` has every fourth column, from column `i` on: each of the four fields of a word.
     #[inline(always)]
-    fn words_u4_less_8(self, from: &[[u8; BLOCK / 2]; 2]) -> [__m512i; 2] {
-        let from: &[u8; BLOCK] = from.as_flattened().try_into().expect("two halves");
-        let bytes = memory!(from[0, 32] => |p| _mm256_loadu_si256(p.cast()));
-        simd! {
-            let (words, eight) = (_mm512_cvtepu8_epi16(bytes), _mm512_set1_epi16(8));
-            let lower = _mm512_and_si512(words, _mm512_set1_epi16(15));
-            let upper = _mm512_srli_epi16::<4>(words);
-            [_mm512_sub_epi16(lower, eight), _mm512_sub_epi16(upper, eight)]
+    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 4]) {
+        let (even, odd) = (self.words(&EVEN), self.words(&ODD));
+        let [a, b, c, d] = [
+            self.words(&blocks[0]),
+            self.words(&blocks[1]),
+            self.words(&blocks[2]),
+            self.words(&blocks[3]),
+        ];
+        let apart = simd! {
+            let (ab, cd) = (_mm512_permutex2var_epi16(a, even, b), _mm512_permutex2var_epi16(c, even, d));
+            let (xy, zw) = (_mm512_permutex2var_epi16(a, odd, b), _mm512_permutex2var_epi16(c, odd, d));
+            [
+                _mm512_permutex2var_epi16(ab, even, cd),
+                _mm512_permutex2var_epi16(xy, even, zw),
+                _mm512_permutex2var_epi16(ab, odd, cd),
+                _mm512_permutex2var_epi16(xy, odd, zw),
+            ]
+        };
+        for (block, words) in blocks.iter_mut().zip(apart) {
+            memory!(mut block[0, 32] => |p| _mm512_storeu_si512(p.cast(), words));
         }
     }
 
-    /// The first vector has the lower fields of both blocks, the second the upper ones.
+    /// Sixteen instructions for 128 columns: a word has four fields, of which the upper one of each byte
+    /// stays where it is, sixteen times as large, until the sum is known.
     #[inline(always)]
-    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 2]) {
-        let (a, b) = (self.words(&blocks[0]), self.words(&blocks[1]));
-        let (even, odd) = (self.words(&EVEN), self.words(&ODD));
-        let (lower, upper) =
-            simd!((_mm512_permutex2var_epi16(a, even, b), _mm512_permutex2var_epi16(a, odd, b)));
-        let [first, second] = blocks;
-        memory!(mut first[0, 32] => |p| _mm512_storeu_si512(p.cast(), lower));
-        memory!(mut second[0, 32] => |p| _mm512_storeu_si512(p.cast(), upper));
-    }
-
-    #[inline(always)]
-    fn add_apart(
+    fn add_u4(
         self,
-        [sums, rest]: [__m512; 2],
-        a: [__m512i; 2],
-        b: [__m512i; 2],
-        scales: &[f32; 2],
-    ) -> [__m512; 2] {
-        let dot = self.dot_words(self.dot_words(self.no_ints(), a[0], b[0]), a[1], b[1]);
-        let scales = simd! {
-            // Lower and upper fields of the first block lie in the same half of a vector.
-            _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]))
-        };
-        [self.fma(self.floats(dot), scales, sums), rest]
+        [sums, b, c, d]: [__m512; 4],
+        from: &[[u8; BLOCK / 2]; 4],
+        x: [__m512i; 4],
+        scales: &[f32; 4],
+    ) -> [__m512; 4] {
+        let from = from.as_flattened();
+        let fields = memory!(from[0, 64] => |p| _mm512_loadu_si512(p.cast()));
+        let scales = memory!(scales[0, 4] => |p| _mm512_castps128_ps512(_mm_loadu_ps(p)));
+        simd! {
+            // Less 8 times each activation, which is the same for all rows.
+            let less = _mm512_set1_epi16(-8);
+            let mut dot = _mm512_setzero_si512();
+            for x in x {
+                dot = _mm512_dpwssd_epi32(dot, less, x);
+            }
+            let (low, high) = (_mm512_set1_epi16(0x000f), _mm512_set1_epi16(0x00f0));
+            let upper = _mm512_srli_epi16::<8>(fields);
+            dot = _mm512_dpwssd_epi32(dot, _mm512_and_si512(fields, low), x[0]);
+            dot = _mm512_dpwssd_epi32(dot, _mm512_and_si512(upper, low), x[2]);
+            let times_16 = _mm512_setzero_si512();
+            let times_16 = _mm512_dpwssd_epi32(times_16, _mm512_and_si512(fields, high), x[1]);
+            let times_16 = _mm512_dpwssd_epi32(times_16, _mm512_and_si512(upper, high), x[3]);
+            dot = _mm512_add_epi32(dot, _mm512_srai_epi32::<4>(times_16));
+            // A block is four lanes.
+            let lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+            let scales = _mm512_permutexvar_ps(lanes, scales);
+            [_mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scales, sums), b, c, d]
+        }
     }
 
     #[inline(always)]

@@ -171,12 +171,18 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     fn words(self, from: &[i16; BLOCK]) -> Self::Words;
     /// Decodes a block of `i8`.
     fn words_i8(self, from: &[u8; BLOCK]) -> Self::Words;
-    /// Decodes two blocks of unsigned fields of 4 bits, the lowest bits of a byte first, less 8, in the
-    /// order of [`Simd::words_apart`].
-    fn words_u4_less_8(self, from: &[[u8; BLOCK / 2]; 2]) -> [Self::Words; 2];
-    /// Brings two blocks into the order in which it costs least to decode fields of 4 bits: those of
-    /// lower fields come first, of each block or of both.
-    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 2]);
+    /// Brings four blocks into the order in which [`Simd::add_u4`] takes them.
+    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 4]);
+    /// Adds the products of four blocks of unsigned fields of 4 bits less 8, the lowest bits of a byte
+    /// first, with `x` in the order of [`Simd::words_apart`], each block's sum times its scale. They are
+    /// spread over the lanes of all `sums`.
+    fn add_u4(
+        self,
+        sums: [Self::Floats; 4],
+        from: &[[u8; BLOCK / 2]; 4],
+        x: [Self::Words; 4],
+        scales: &[f32; 4],
+    ) -> [Self::Floats; 4];
     /// Zeros.
     fn no_ints(self) -> Self::Ints;
     /// Adds the products of two blocks, each to one of the lanes; sums must fit 32 bits.
@@ -184,20 +190,21 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// Rounds to floats.
     fn floats(self, ints: Self::Ints) -> Self::Floats;
 
-    /// Adds the products of two blocks in the order of [`Simd::words_apart`], each block's sum times
-    /// its scale, spread over the lanes of both `sums`.
+    /// Adds the products of four blocks, each block's sum times its scale.
     #[inline(always)]
-    fn add_apart(
+    fn add_blocks(
         self,
-        sums: [Self::Floats; 2],
-        a: [Self::Words; 2],
-        b: [Self::Words; 2],
-        scales: &[f32; 2],
-    ) -> [Self::Floats; 2] {
-        std::array::from_fn(|i| {
+        sums: [Self::Floats; 4],
+        a: [Self::Words; 4],
+        b: [Self::Words; 4],
+        scales: &[f32; 4],
+    ) -> [Self::Floats; 4] {
+        let mut sums = sums;
+        for i in 0..4 {
             let dot = self.floats(self.dot_words(self.no_ints(), a[i], b[i]));
-            self.fma(dot, self.splat(scales[i]), sums[i])
-        })
+            sums[i] = self.fma(dot, self.splat(scales[i]), sums[i]);
+        }
+        sums
     }
 
     /// Asks for the cache line that holds byte `at` of `from`, or would if it were that long.

@@ -327,10 +327,17 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     }
 
     #[inline(always)]
-    fn words_u4_less_8(self, from: &[[u8; BLOCK / 2]; 2]) -> [[int16x8_t; 4]; 2] {
-        from.each_ref().map(|from| {
+    fn add_u4(
+        self,
+        sums: [float32x4_t; 4],
+        from: &[[u8; BLOCK / 2]; 4],
+        x: [[int16x8_t; 4]; 4],
+        scales: &[f32; 4],
+    ) -> [float32x4_t; 4] {
+        let mut words = x;
+        for (words, from) in words.iter_mut().zip(from) {
             let bytes = memory!(from[0, 16] => |p| vld1q_u8(p));
-            simd! {
+            *words = simd! {
                 let eight = vdupq_n_s8(8);
                 let lower = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), eight);
                 let upper = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8::<4>(bytes)), eight);
@@ -340,13 +347,14 @@ impl<const DOT: bool> Simd for Neon<DOT> {
                     vmovl_s8(vget_low_s8(upper)),
                     vmovl_high_s8(upper),
                 ]
-            }
-        })
+            };
+        }
+        self.add_blocks(sums, words, x, scales)
     }
 
     /// The first half of a block has the lower fields, the second the upper ones.
     #[inline(always)]
-    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 2]) {
+    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 4]) {
         for block in blocks {
             let [a, b, c, d] = self.words(block);
             let apart =

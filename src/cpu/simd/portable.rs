@@ -203,17 +203,24 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn words_u4_less_8(self, from: &[[u8; BLOCK / 2]; 2]) -> [[i16; BLOCK]; 2] {
-        from.map(|from| {
+    fn add_u4(
+        self,
+        sums: [[f32; LANES]; 4],
+        from: &[[u8; BLOCK / 2]; 4],
+        x: [[i16; BLOCK]; 4],
+        scales: &[f32; 4],
+    ) -> [[f32; LANES]; 4] {
+        let words = from.map(|from| {
             std::array::from_fn(|i| {
                 i16::from(from[i % (BLOCK / 2)] >> (4 * (i / (BLOCK / 2))) & 15) - 8
             })
-        })
+        });
+        self.add_blocks(sums, words, x, scales)
     }
 
     /// The first half of a block has the lower fields, the second the upper ones.
     #[inline(always)]
-    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 2]) {
+    fn words_apart(self, blocks: &mut [[i16; BLOCK]; 4]) {
         for block in blocks {
             let words = *block;
             *block = std::array::from_fn(|i| words[2 * (i % (BLOCK / 2)) + i / (BLOCK / 2)]);
