@@ -340,7 +340,7 @@ impl Simd for Avx512 {
         }
     }
 
-    /// Sixteen instructions for 128 columns: a word has four fields, of which the upper one of each byte
+    /// Fourteen instructions for 128 columns, loads apart: a word has four fields, of which the upper one of each byte
     /// stays where it is, sixteen times as large, until the sum is known.
     #[inline(always)]
     fn add_u4(
