@@ -180,27 +180,13 @@ impl<'a> PageScores<'a> {
             KeyFormat::Channel(bits) => {
                 let tiles = self.scaled.chunks_exact(self.tile()).zip(&self.base);
                 for ((query, base), out) in tiles.zip(out) {
-                    let (levels, places) = (&bytes[levels.clone()], places.clone());
+                    let (levels, at) = (&bytes[levels.clone()], places.clone());
                     match bits {
                         ChannelBits::Four => {
-                            products::<S, Apart4>(
-                                simd,
-                                query,
-                                raw(levels),
-                                out,
-                                places.clone(),
-                                false,
-                            );
+                            products::<S, Apart4>(simd, query, raw(levels), out, at, false);
                         }
                         ChannelBits::Two => {
-                            products::<S, Unsigned2>(
-                                simd,
-                                query,
-                                raw(levels),
-                                out,
-                                places.clone(),
-                                false,
-                            );
+                            products::<S, Unsigned2>(simd, query, raw(levels), out, at, false);
                         }
                     }
                     for (out, base) in out.iter_mut().zip(base) {
