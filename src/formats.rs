@@ -63,8 +63,9 @@ pub const Q8_BLOCK: usize = 32;
 /// Columns that share a scale in [fixed point](crate::backend::Backend::fixed_point).
 pub const FIXED_COLS: usize = 512;
 
-/// The step between activations in fixed point, as a share of the largest that share a scale.
-pub const ACTIVATION_STEP: f32 = 1.0 / 32767.0;
+/// The step between activations in fixed point, as a share of the largest that share a scale: levels are
+/// two bytes, both signed, where only bytes are multiplied, and at most `127 * 256 + 127`.
+pub const ACTIVATION_STEP: f32 = 1.0 / 32639.0;
 
 /// The same of weights.
 pub const WEIGHT_STEP: f32 = 1.0 / 2047.0;

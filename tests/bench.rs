@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -341,6 +342,23 @@ fn random_weights_need_no_files_and_any_depth() {
     }
 }
 
+/// Each set of instructions is a device of its own; what `cpu` stands for is one of them.
+#[test]
+fn instructions_of_the_cpu_are_compared_in_one_run() {
+    let kernels = Kernels::available();
+    let mut devices = vec!["cpu".to_owned()];
+    devices.extend(kernels.iter().map(|kernels| format!("cpu:{}", kernels.key())));
+    let options = ["--attention", "dense", "--prompt", "none", "--generate", "2", "--depths", "0"];
+    let found = json(&[&options[..], &["--device", &devices.join(","), "--repeats", "1"]].concat());
+    let drivers: BTreeSet<String> = found["runs"]
+        .as_array()
+        .expect("runs")
+        .iter()
+        .map(|run| run["device"].to_string())
+        .collect();
+    assert_eq!(drivers.len(), kernels.len(), "{drivers:?}");
+}
+
 #[test]
 fn what_the_context_has_no_room_for_is_left_out_or_refused() {
     let output = ok(run(&["--device", "cpu", "--repeats", "1", "--no-files"]));
@@ -357,6 +375,9 @@ fn what_is_wrong_is_said_before_anything_runs() {
     for (args, words) in [
         (&["--device", "no-such-gpu"][..], &["no-such-gpu", "not found"][..]),
         (&["--device", ""], &["is needed"]),
+        (&["--device", "cpu:sse9"], &["\"sse9\"", "portable"]),
+        #[cfg(target_arch = "x86_64")]
+        (&["--device", "cpu:neon"], &["NEON", "portable"]),
         (&["--depths", "1000"], &["1000", "1024"]),
         (&["--depths", "900", "--prompt", "200"], &["pp200 @ d900", "1100", "1024"]),
         (&["--repeats", "0"], &["repeats", "at least 1"]),

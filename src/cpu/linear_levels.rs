@@ -8,7 +8,8 @@
 //! - With many tokens that would be one scaling for each two products of vectors. So the weights of
 //!   [`FIXED_COLS`] columns of a row, which have scales of their own, are brought to a common one
 //!   first, in 12 bits: with those, the sums of vectors still fit 32 bits. A strip of rows is brought
-//!   there once, and all tokens pass by it.
+//!   there once, and all tokens pass by it. See [`super::linear_levels_tiled`] for processors with a unit
+//!   for that.
 //!
 //! What either costs in accuracy is in [`crate::backend::Backend::fixed_point`].
 
@@ -17,10 +18,12 @@ use std::marker::PhantomData;
 use half::f16;
 
 use super::fixed::{FIXED_BLOCKS, FIXED_GROUP, Fixed, FixedRows};
+use super::linear_levels_tiled::{self, TiledProduct};
 use super::reading::{Reading, ask_ahead, ask_near, crowds, side_by_side};
 use super::simd::{BLOCK, Kernel, Simd};
 use super::strips::Strip;
 use super::tensor::{Aligned, Tensor};
+use super::tiled::TokenTiles;
 use super::weights::{Levels, Levels4, Levels8, Row};
 use super::{Machine, Matrix, Scratch};
 use crate::backend::{ACTIVATION_STEP, FIXED_COLS, FIXED_TOKENS, MatrixFormat, WEIGHT_STEP};
@@ -29,8 +32,8 @@ use crate::backend::{ACTIVATION_STEP, FIXED_COLS, FIXED_TOKENS, MatrixFormat, WE
 const STRIP_ROWS: usize = 32;
 
 /// As many blocks as a vector has lanes bring this many products to each lane: their sum fits.
-const _: () = assert!(BLOCK as f64 * 2047.0 * 32767.0 <= i32::MAX as f64);
-const _: () = assert!(WEIGHT_STEP == 1.0 / 2047.0 && ACTIVATION_STEP == 1.0 / 32767.0);
+const _: () =
+    assert!(BLOCK as f64 <= i32::MAX as f64 * WEIGHT_STEP as f64 * ACTIVATION_STEP as f64);
 
 /// Whether a step of `tokens` is multiplied here.
 pub(super) fn takes(machine: &Machine, format: MatrixFormat, tokens: usize) -> bool {
@@ -41,13 +44,26 @@ pub(super) fn takes(machine: &Machine, format: MatrixFormat, tokens: usize) -> b
 /// `out = x W^T` or `out += x W^T`; see [`crate::backend::Operations::linear`].
 pub(super) fn linear(
     machine: &Machine,
-    (scratch, fixed): (&Scratch, &mut Fixed),
+    (scratch, fixed, tiles): (&Scratch, &mut Fixed, &mut TokenTiles),
     x: &Tensor,
     parts: &[Matrix],
     out: &mut Tensor,
     add: bool,
 ) {
-    let many = (x.rows() >= FIXED_TOKENS).then_some(STRIP_ROWS);
+    let many = x.rows() >= FIXED_TOKENS;
+    if let (true, Some(unit)) = (many, machine.level.tiles()) {
+        let (tokens, cols) = (x.rows(), x.width());
+        let (strips, small) =
+            machine.product_strips(x, parts, out, Some(linear_levels_tiled::STRIP_ROWS));
+        let scales = fixed.round(machine, x, false);
+        let x = tiles.of_words(machine, scales, tokens, cols);
+        machine.each_of(small, strips, |worker, Strip { piece, first, columns: out }| {
+            let (matrix, scratch) = (&parts[piece], &mut *scratch.of(worker));
+            machine.level.run(TiledProduct { unit, matrix, first, scales, x, out, add, scratch });
+        });
+        return;
+    }
+    let many = many.then_some(STRIP_ROWS);
     let (strips, small) = machine.product_strips(x, parts, out, many);
     let apart = many.is_none() && parts.iter().any(|part| part.format == MatrixFormat::Q4);
     let x = fixed.round(machine, x, apart && Levels4::APART);
@@ -183,7 +199,8 @@ impl Product<'_> {
                 }
                 let row_scales = &matrix.row_scales(first + r)[start / BLOCK..][..blocks];
                 let row = Row::<W>::new(encoded, row_scales);
-                scales[r] = common_scale(simd, &row, W::LARGEST, words.as_chunks_mut().0);
+                scales[r] =
+                    common_scale(simd, &row, W::LARGEST, WEIGHT_STEP, words.as_chunks_mut().0);
             }
             let words = words.as_chunks::<BLOCK>().0;
             let mut token = 0;
@@ -328,12 +345,14 @@ fn scale_products<S: Simd, const T: usize>(
     products
 }
 
-/// Writes weights of a part as words of one scale, and gives that: NaN where one is not finite.
+/// Writes weights of a part as words of one scale, the largest as `1 / step`, and gives the scale: NaN
+/// where one is not finite.
 #[inline(always)]
-fn common_scale<S: Simd, W: Levels>(
+pub(super) fn common_scale<S: Simd, W: Levels>(
     simd: S,
     row: &Row<'_, W>,
     largest_level: f32,
+    step: f32,
     words: &mut [[i16; BLOCK]],
 ) -> f32 {
     // Magnitudes are in the order of their bits, NaN beyond all.
@@ -343,7 +362,7 @@ fn common_scale<S: Simd, W: Levels>(
         words.fill([0; BLOCK]);
         return 0.0;
     }
-    let scale = largest * WEIGHT_STEP;
+    let scale = largest * step;
     let rest = row.rest();
     let blocks = row.whole().iter().chain((!row.is_whole()).then_some(&rest));
     for (block, (raw, words)) in blocks.zip(words).enumerate() {

@@ -4,21 +4,32 @@
 //! packed row are 64 columns of four output rows, so that a load, four masks and four dot products
 //! with the same 64 activations make 256 products. The matrix is used where it lies in the file.
 //!
+//! Processors with a unit for tiles multiply many tokens in [`super::linear_ternary_tiled`].
+//!
 //! A field holds weight + 1, so that the sum of the activations is subtracted in the end.
 
 use std::array::from_ref;
 
+use super::linear_ternary_tiled::{self, TiledProduct};
 use super::reading::{Reading, ask_near, side_by_side};
 use super::simd::{Kernel, Simd, TERNARY_BLOCK};
 use super::strips::{Strip, cut};
 use super::tensor::Tensor;
-use super::{Machine, Matrix};
+use super::tiled::TokenTiles;
+use super::{Machine, Matrix, Scratch};
 
 /// Bytes of packed weights in a strip: they stay in the cache while tokens pass by.
 const STRIP_BYTES: usize = 48 * 1024;
 
 /// `out = x W^T` or `out += x W^T`; see [`crate::backend::Operations::linear`].
-pub(super) fn linear(machine: &Machine, x: &Tensor, parts: &[Matrix], out: &mut Tensor, add: bool) {
+pub(super) fn linear(
+    machine: &Machine,
+    (scratch, tiles): (&Scratch, &mut TokenTiles),
+    x: &Tensor,
+    parts: &[Matrix],
+    out: &mut Tensor,
+    add: bool,
+) {
     let (tokens, cols) = (x.rows(), x.width());
     let x = x.int8();
     // The four fields of each matrix.
@@ -29,9 +40,24 @@ pub(super) fn linear(machine: &Machine, x: &Tensor, parts: &[Matrix], out: &mut 
         pieces.extend((0..4).map(|field| part.rows.saturating_sub(field * quarter).min(quarter)));
     }
     let packed_rows: usize = pieces.iter().step_by(4).sum();
+    let small = packed_rows * cols * tokens < 8 * 1024;
+    let x_scales = &x.scales[..tokens];
+    if let (true, Some(unit)) = (tokens >= linear_ternary_tiled::TOKENS, machine.level.tiles()) {
+        let strip = linear_ternary_tiled::STRIP_ROWS;
+        let strips = cut(out.floats_mut(), tokens, &pieces, 4, |_| strip);
+        let x = tiles.of_bytes(machine, x, tokens, cols);
+        machine.each_of(small, strips, |worker, Strip { piece, first, columns: out }| {
+            let (part, scratch) = (&parts[piece / 4], &mut *scratch.of(worker));
+            let packed = &part.values[first * cols..][..out[0].len() * cols];
+            let scale = part.scale;
+            let product =
+                TiledProduct { unit, packed, cols, scale, x, x_scales, out, add, scratch };
+            machine.level.run(product);
+        });
+        return;
+    }
     let height = machine.strip_height(packed_rows, cols, tokens, STRIP_BYTES);
     let strips = cut(out.floats_mut(), tokens, &pieces, 4, |_| height);
-    let small = packed_rows * cols * tokens < 8 * 1024;
     machine.each_of(small, strips, |_worker, Strip { piece, first, columns }| {
         let part = &parts[piece / 4];
         let rows = columns[0].len();
@@ -40,7 +66,7 @@ pub(super) fn linear(machine: &Machine, x: &Tensor, parts: &[Matrix], out: &mut 
             cols,
             scale: part.scale,
             x: &x.values[..tokens * cols],
-            x_scales: &x.scales[..tokens],
+            x_scales,
             x_sums: &x.sums[..tokens],
             out: columns,
             add,

@@ -23,7 +23,9 @@ mod fixed;
 mod gate;
 mod linear_float;
 mod linear_levels;
+mod linear_levels_tiled;
 mod linear_ternary;
+mod linear_ternary_tiled;
 mod multiply_speed;
 mod norm;
 mod page_scores;
@@ -38,6 +40,7 @@ mod stream;
 mod strips;
 mod tensor;
 mod threads;
+mod tiled;
 mod values;
 mod weights;
 
@@ -91,7 +94,10 @@ impl Cpu {
         let level = Level::new(kernels).ok_or_else(|| Error::Device {
             device: "CPU".into(),
             what: "choosing kernels".into(),
-            message: format!("the processor does not have {}", kernels.name()),
+            message: {
+                let here: Vec<_> = Kernels::available().into_iter().map(Kernels::key).collect();
+                format!("it lacks {}; it has {}", kernels.name(), here.join(", "))
+            },
         })?;
         let threads = Threads::new(threads)?;
         let plural = if threads.count() == 1 { "" } else { "s" };

@@ -4,7 +4,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use super::Machine;
-use super::simd::{BLOCK, Kernel, Simd, TERNARY_BLOCK};
+use super::simd::{
+    BLOCK, Kernel, Simd, TERNARY_BLOCK, TILE_COLS, TILE_ROWS, Tile, TileProducts, TileUnit,
+};
 use crate::backend::MatrixFormat;
 
 /// Time that rounds are made for, of which the fastest counts: the others met other work on the
@@ -19,10 +21,13 @@ const SUMS: usize = 12;
 
 /// Multiply-adds a second, of the kind that weights of a format are multiplied by.
 pub(super) fn measure(machine: &Machine, format: MatrixFormat) -> f64 {
-    let words = machine.level.has_fast_words();
-    let round = || match format {
-        MatrixFormat::Ternary => machine.level.run(Bytes),
-        MatrixFormat::Q8 | MatrixFormat::Q4 if words => machine.level.run(Words),
+    let (words, tiles) = (machine.level.has_fast_words(), machine.level.tiles());
+    let round = || match (format, tiles) {
+        (MatrixFormat::Ternary, Some(unit)) => machine.level.run(Tiled(unit)),
+        (MatrixFormat::Ternary, None) => machine.level.run(Bytes),
+        // Of two bytes each.
+        (MatrixFormat::Q8 | MatrixFormat::Q4, Some(unit)) => machine.level.run(Tiled(unit)) / 4,
+        (MatrixFormat::Q8 | MatrixFormat::Q4, None) if words => machine.level.run(Words),
         _ => machine.level.run(Floats),
     };
     let threads = machine.threads.count();
@@ -114,5 +119,25 @@ impl Kernel for Bytes {
         }
         black_box(totals);
         REPEATS / steps * steps * SUMS * S::BYTES
+    }
+}
+
+/// Products of bytes in tiles.
+struct Tiled(TileUnit);
+
+impl Kernel for Tiled {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) -> usize {
+        // As many as a part of a product has.
+        let tiles = black_box([[[1; TILE_COLS]; TILE_ROWS]; 8]);
+        let mut products = TileProducts::ZERO;
+        let unit = self.0.begin();
+        for _ in 0..REPEATS / 64 {
+            unit.multiply([&tiles; 2], [&tiles; 2], &mut products);
+            black_box(&mut products);
+        }
+        REPEATS / 64 * 4 * tiles.len() * size_of::<Tile>() * TILE_ROWS
     }
 }

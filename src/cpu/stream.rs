@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::fixed::Fixed;
 use super::tensor::Aligned;
+use super::tiled::TokenTiles;
 use super::{
     Cache, Cpu, Linear, Machine, Norm, Rope, Scratch, Tensor, attention, embed, encode_keys, gate,
     linear_float, linear_levels, linear_ternary, norm, rope_append, sample,
@@ -26,6 +27,8 @@ pub struct Stream {
     scratch: Scratch,
     /// Activations of the last product with weights of 8 or 4 bits.
     fixed: Fixed,
+    /// Activations of the last product in a unit for tiles.
+    tiles: TokenTiles,
     /// Results of the segments of attention.
     partial: Aligned<f32>,
     /// Candidates of the last choice.
@@ -43,6 +46,7 @@ impl Stream {
             phase: Phase::Decode,
             scratch,
             fixed: Fixed::new(),
+            tiles: TokenTiles::new(),
             partial: Aligned::zeros(0),
             candidates: Vec::new(),
             sampled: SampledTokens::default(),
@@ -51,14 +55,16 @@ impl Stream {
 
     /// `out = x W^T`, or `out += x W^T` if `add`.
     fn product(&mut self, x: &Tensor, weight: &Linear, out: &mut Tensor, add: bool) {
-        let (machine, parts) = (&self.machine, &weight.parts[..]);
+        let Self { machine, scratch, fixed, tiles, .. } = self;
+        let parts = &weight.parts[..];
         match parts.first().map(|part| part.format) {
-            Some(MatrixFormat::Ternary) => linear_ternary::linear(machine, x, parts, out, add),
-            Some(format) if linear_levels::takes(machine, format, x.rows()) => {
-                let scratch = (&self.scratch, &mut self.fixed);
-                linear_levels::linear(machine, scratch, x, parts, out, add);
+            Some(MatrixFormat::Ternary) => {
+                linear_ternary::linear(machine, (scratch, tiles), x, parts, out, add);
             }
-            _ => linear_float::linear(machine, &self.scratch, x, parts, out, add),
+            Some(format) if linear_levels::takes(machine, format, x.rows()) => {
+                linear_levels::linear(machine, (scratch, fixed, tiles), x, parts, out, add);
+            }
+            _ => linear_float::linear(machine, scratch, x, parts, out, add),
         }
     }
 }
@@ -66,7 +72,8 @@ impl Stream {
 impl Footprint for Stream {
     fn bytes(&self) -> u64 {
         let candidates = self.candidates.capacity() * size_of::<u64>();
-        self.scratch.bytes() + self.fixed.bytes() + self.partial.bytes() + candidates as u64
+        let kept = self.scratch.bytes() + self.fixed.bytes() + self.tiles.bytes();
+        kept + self.partial.bytes() + candidates as u64
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::ModelOptions;
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, Kernels};
 use crate::error::{Error, Result};
 use crate::gpu::{Gpu, Select};
 
@@ -18,6 +18,9 @@ pub enum DeviceChoice {
     Gpu,
     /// `cpu`: the CPU backend.
     Cpu,
+    /// `cpu:avx2` and the like, see [`Kernels::key`]: the CPU backend with these instructions, to
+    /// compare them, or to see what another processor would do.
+    CpuKernels(Kernels),
     /// `reference`: the plain, slow yardstick that the other backends are tested against.
     Reference,
     /// Any other text: the first adapter whose name contains it, in any case. The only way to
@@ -40,7 +43,10 @@ impl FromStr for DeviceChoice {
             "gpu" => Self::Gpu,
             "cpu" => Self::Cpu,
             "reference" => Self::Reference,
-            _ => Self::Named(text.to_owned()),
+            lower => match lower.strip_prefix("cpu:") {
+                Some(kernels) => Self::CpuKernels(kernels.parse()?),
+                None => Self::Named(text.to_owned()),
+            },
         })
     }
 }
@@ -48,6 +54,7 @@ impl FromStr for DeviceChoice {
 impl fmt::Display for DeviceChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::CpuKernels(kernels) => return write!(f, "cpu:{}", kernels.key()),
             Self::Auto => "auto",
             Self::Gpu => "gpu",
             Self::Cpu => "cpu",
@@ -71,6 +78,9 @@ pub(super) fn open(options: &ModelOptions) -> Result<Opened> {
     match &options.device {
         DeviceChoice::Reference => Ok(Opened::Reference),
         DeviceChoice::Cpu => Ok(Opened::Cpu(cpu()?, None)),
+        DeviceChoice::CpuKernels(kernels) => {
+            Ok(Opened::Cpu(Cpu::with_kernels(options.threads, *kernels)?, None))
+        }
         DeviceChoice::Gpu => gpu(Select::Hardware).map(Opened::Gpu),
         DeviceChoice::Named(name) => {
             gpu(Select::Named(name.clone())).map(Opened::Gpu).map_err(|error| match error {

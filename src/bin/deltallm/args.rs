@@ -25,8 +25,8 @@ pub struct ModelArgs {
 /// On which device, in which format.
 #[derive(Args)]
 pub struct DeviceArgs {
-    /// auto, gpu, cpu, reference, or part of an adapter's name as `deltallm devices` shows it
-    /// [default: auto]
+    /// auto, gpu, cpu, cpu:INSTRUCTIONS, reference, or part of an adapter's name, as `deltallm devices`
+    /// shows them [default: auto]
     #[arg(long)]
     device: Option<DeviceChoice>,
 

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use deltallm::backend::{Backend, DeviceKind};
-use deltallm::cpu::Cpu;
+use deltallm::cpu::{Cpu, Kernels};
 use deltallm::gpu::{Adapter, Gpu, GpuOptions, Select, adapters};
 
 use crate::output::{Outcome, bytes};
@@ -28,6 +28,8 @@ pub fn run(args: &Args) -> Outcome {
     }
     let cpu = Cpu::new(None)?;
     writeln!(out, "{} (CPU)\n  driver            {}", cpu.device().name, cpu.device().driver)?;
+    let kernels: Vec<_> = Kernels::available().into_iter().map(Kernels::key).collect();
+    writeln!(out, "  instructions      {}", kernels.join(", "))?;
 
     let hardware = adapters.iter().find(|adapter| adapter.kind != DeviceKind::SoftwareGpu);
     let (choice, reason) = match hardware {

@@ -42,8 +42,13 @@ mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
+mod tiles;
+
+use std::str::FromStr;
 
 use half::f16;
+
+pub(super) use tiles::{TILE_COLS, TILE_ROWS, Tile, TileProducts, TileSums, TileUnit};
 
 /// Elements of a block of floats.
 pub(super) const BLOCK: usize = 32;
@@ -310,6 +315,8 @@ pub enum Kernels {
     Avx2Vnni,
     /// AVX-512 with 8-bit dot products (VNNI, from 2019).
     Avx512,
+    /// The same with a unit for products of tiles (AMX, servers from 2023; Linux).
+    Avx512Amx,
     /// 64-bit ARM.
     Neon,
     /// 64-bit ARM with 8-bit dot products (from 2018).
@@ -319,10 +326,19 @@ pub enum Kernels {
 impl Kernels {
     /// All that this machine can run, the fastest last.
     pub fn available() -> Vec<Self> {
-        use Kernels::{Avx2, Avx2Vnni, Avx512, Neon, NeonDotprod, Portable};
-        let all = [Portable, Avx2, Avx2Vnni, Avx512, Neon, NeonDotprod];
-        all.into_iter().filter(|&kernels| Level::new(kernels).is_some()).collect()
+        Self::ALL.into_iter().filter(|&kernels| Level::new(kernels).is_some()).collect()
     }
+
+    /// All there are, on any machine.
+    const ALL: [Self; 7] = [
+        Self::Portable,
+        Self::Avx2,
+        Self::Avx2Vnni,
+        Self::Avx512,
+        Self::Avx512Amx,
+        Self::Neon,
+        Self::NeonDotprod,
+    ];
 
     /// The name in words.
     pub fn name(self) -> &'static str {
@@ -331,9 +347,35 @@ impl Kernels {
             Self::Avx2 => "AVX2",
             Self::Avx2Vnni => "AVX2 + VNNI",
             Self::Avx512 => "AVX-512 + VNNI",
+            Self::Avx512Amx => "AVX-512 + AMX",
             Self::Neon => "NEON",
             Self::NeonDotprod => "NEON + dotprod",
         }
+    }
+
+    /// The name as options spell it, which [`Kernels::from_str`] reads.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx2Vnni => "avx2-vnni",
+            Self::Avx512 => "avx512",
+            Self::Avx512Amx => "avx512-amx",
+            Self::Neon => "neon",
+            Self::NeonDotprod => "neon-dotprod",
+        }
+    }
+}
+
+impl FromStr for Kernels {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|kernels| kernels.key() == text);
+        found.ok_or_else(|| {
+            let here = Self::available().into_iter().map(Self::key).collect::<Vec<_>>().join(", ");
+            format!("{text:?} is no set of instructions; this machine has {here}")
+        })
     }
 }
 
@@ -347,6 +389,8 @@ pub(super) enum Level {
     Avx2Vnni(avx2::Avx2<true>),
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Amx(avx512::Avx512, TileUnit),
     #[cfg(target_arch = "aarch64")]
     Neon(neon::Neon<false>),
     #[cfg(target_arch = "aarch64")]
@@ -364,6 +408,10 @@ impl Level {
             Kernels::Avx2Vnni => avx2::Avx2::<true>::detect().map(Self::Avx2Vnni),
             #[cfg(target_arch = "x86_64")]
             Kernels::Avx512 => avx512::Avx512::detect().map(Self::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            Kernels::Avx512Amx => {
+                Some(Self::Avx512Amx(avx512::Avx512::detect()?, TileUnit::detect()?))
+            }
             #[cfg(target_arch = "aarch64")]
             Kernels::Neon => neon::Neon::<false>::detect().map(Self::Neon),
             #[cfg(target_arch = "aarch64")]
@@ -386,6 +434,15 @@ impl Level {
         self.run(Ask)
     }
 
+    /// What multiplies tiles, where the processor has it.
+    pub(super) fn tiles(self) -> Option<TileUnit> {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Amx(_, tiles) => Some(tiles),
+            _ => None,
+        }
+    }
+
     /// Runs a kernel compiled for these instructions.
     pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
@@ -395,7 +452,7 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2Vnni(simd) => simd.enter(kernel),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512(simd) => simd.enter(kernel),
+            Self::Avx512(simd) | Self::Avx512Amx(simd, _) => simd.enter(kernel),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(simd) => simd.enter(kernel),
             #[cfg(target_arch = "aarch64")]

@@ -59,8 +59,8 @@ pub struct Args {
     #[arg(long, value_name = "SHAPE", value_parser = Synthetic::NAMES)]
     synthetic: Option<String>,
 
-    /// Devices: auto, gpu, cpu, or part of an adapter's name as `deltallm devices` shows it; may be
-    /// given more than once [default: gpu where there is one, and cpu]
+    /// Devices: auto, gpu, cpu, cpu:INSTRUCTIONS, or part of an adapter's name, as `deltallm devices`
+    /// shows them; may be given more than once [default: gpu where there is one, and cpu]
     #[arg(long, value_name = "DEVICE,..")]
     device: Vec<String>,
 

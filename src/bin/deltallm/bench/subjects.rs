@@ -63,9 +63,9 @@ pub fn devices(given: &[String], options: &ModelOptions) -> Result<Vec<Device>, 
     for choice in choices {
         let options = ModelOptions { device: choice.clone(), ..options.clone() };
         let info = Model::device_of(&options)?;
-        let same =
-            |other: &Device| (&other.info.name, &other.info.backend) == (&info.name, &info.backend);
-        if devices.iter().any(same) {
+        let identity =
+            |info: &DeviceInfo| (info.name.clone(), info.backend.clone(), info.driver.clone());
+        if devices.iter().any(|other| identity(&other.info) == identity(&info)) {
             continue;
         }
         // What was found is what is measured: a model that does not fit must not run elsewhere under
@@ -75,7 +75,7 @@ pub fn devices(given: &[String], options: &ModelOptions) -> Result<Vec<Device>, 
             (DeviceChoice::Auto, _) => DeviceChoice::Gpu,
             (choice, _) => choice,
         };
-        let name = short(&info, &devices);
+        let name = short(&choice, &info, &devices);
         devices.push(Device { choice, info, name });
     }
     Ok(devices)
@@ -91,9 +91,12 @@ fn parts(text: &str) -> Vec<&str> {
 }
 
 /// What comes before a name's brackets, unlike the names of the others.
-fn short(info: &DeviceInfo, others: &[Device]) -> String {
+fn short(choice: &DeviceChoice, info: &DeviceInfo, others: &[Device]) -> String {
     let base = match info.kind {
-        DeviceKind::Cpu if info.backend == "cpu" => "CPU".to_owned(),
+        DeviceKind::Cpu if info.backend == "cpu" => match choice {
+            DeviceChoice::CpuKernels(kernels) => format!("CPU {}", kernels.name()),
+            _ => "CPU".to_owned(),
+        },
         DeviceKind::Cpu => "reference".to_owned(),
         _ => info.name.split('(').next().unwrap_or_default().trim().to_owned(),
     };
