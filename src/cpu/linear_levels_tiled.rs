@@ -67,7 +67,7 @@ impl TiledProduct<'_> {
         let mut scales = [[0.0; TILE_ROWS]; STRIP_ROWS / TILE_ROWS];
         let mut words = [[0; BLOCK]; FIXED_BLOCKS];
         let mut products = TileProducts::ZERO;
-        let tiles_of_unit = unit.begin();
+        let unit = unit.begin();
         for part in 0..matrix.cols.div_ceil(FIXED_COLS) {
             let start = part * FIXED_COLS;
             let len = FIXED_COLS.min(matrix.cols - start);
@@ -94,7 +94,7 @@ impl TiledProduct<'_> {
                 }
             }
             for group in 0..groups {
-                let planes = [x.of(group, part, 0, count), x.of(group, part, 1, count)];
+                let planes = [0, 1].map(|plane| &x.of(group, part, plane)[..count]);
                 let x_scales: [_; TILE_ROWS] = std::array::from_fn(|t| {
                     let token = group * TILE_ROWS + t;
                     if token < tokens { x_scales.scale(token, part) } else { 0.0 }
@@ -102,18 +102,21 @@ impl TiledProduct<'_> {
                 for row_group in 0..row_groups {
                     let tiles = &tiles[row_group * 2 * PART_TILES..][..2 * PART_TILES];
                     let weights = [&tiles[..count], &tiles[PART_TILES..][..count]];
-                    tiles_of_unit.multiply(weights, planes, &mut products);
+                    unit.multiply(weights, planes, &mut products, false);
                     let sums = &mut sums[row_group * groups + group];
                     add_products(&products, &scales[row_group], &x_scales, sums);
                 }
             }
         }
-        drop(tiles_of_unit);
-        for (token, out) in out.into_iter().enumerate() {
-            for (row, out) in out.iter_mut().enumerate() {
-                let sums = &sums[row / TILE_ROWS * groups + token / TILE_ROWS];
-                let y = sums[row % TILE_ROWS][token % TILE_ROWS];
-                *out = if add { *out + y } else { y };
+        drop(unit);
+        let mut out = out;
+        for (i, sums) in sums.iter_mut().enumerate() {
+            let (row, token) = (i / groups * TILE_ROWS, i % groups * TILE_ROWS);
+            simd.transpose(sums);
+            for (out, sums) in out.iter_mut().skip(token).zip(sums) {
+                for (out, y) in out[row..].iter_mut().zip(sums) {
+                    *out = if add { *out + *y } else { *y };
+                }
             }
         }
     }

@@ -1,16 +1,22 @@
 //! Ternary weights times the activations of many tokens, in a unit for tiles; exact as in
 //! [`super::linear_ternary`].
 //!
-//! A strip is sixteen packed rows, 64 output rows. Its weights are spread to a byte each, a part of
-//! [`FIXED_COLS`] at a time, 32 KiB near the processor, and all tokens pass by it.
+//! A strip is sixteen packed rows, 64 output rows. Its weights are spread to a byte each, [`COLS`] columns
+//! at a time, 16 KiB near the processor, and all tokens pass by them.
 
-use super::simd::{Kernel, Simd, TILE_COLS, TILE_ROWS, Tile, TileProducts, TileSums, TileUnit};
+use super::simd::{Kernel, Simd, TILE_COLS, TILE_ROWS, Tile, TileProducts, TileUnit};
 use super::tensor::Aligned;
-use super::tiled::{PART_TILES, TileGroups};
+use super::tiled::TileGroups;
 use crate::backend::FIXED_COLS;
 
 /// Packed rows of a strip.
 pub(super) const STRIP_ROWS: usize = TILE_ROWS;
+
+/// Columns that are spread at once.
+const COLS: usize = FIXED_COLS / 2;
+
+/// Tiles of a field of those.
+const TILES: usize = COLS / TILE_COLS;
 
 /// Tokens from which the unit is faster than vectors: it takes [`TILE_ROWS`] twice at once.
 pub(super) const TOKENS: usize = 16;
@@ -36,48 +42,50 @@ impl Kernel for TiledProduct<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _simd: S) {
+    fn run<S: Simd>(self, simd: S) {
         let Self { unit, packed, cols, scale, x, x_scales, out, add, scratch } = self;
         let rows = packed.len() / cols.max(1);
         let groups = x.groups();
-        let tile = size_of::<Tile>() / size_of::<f32>();
-        scratch.grow(tile * (4 * PART_TILES + 4 * groups));
-        let (tiles, sums) = scratch.split_at_mut(tile * 4 * PART_TILES);
+        let (tile, four) = (size_of::<Tile>(), size_of::<TileProducts>());
+        let floats = |bytes: usize| bytes / size_of::<f32>();
+        scratch.grow(floats(4 * TILES * tile + groups * four));
+        let (tiles, sums) = scratch.split_at_mut(floats(4 * TILES * tile));
         let tiles: &mut [Tile] = bytemuck::cast_slice_mut(tiles);
-        // `[group, field]`, each `[row, token]`.
-        let sums: &mut [TileSums] = bytemuck::cast_slice_mut(&mut sums[..tile * 4 * groups]);
-        let sums = sums.as_chunks_mut::<4>().0;
-        sums.fill([[[0; TILE_ROWS]; TILE_ROWS]; 4]);
-        let mut products = TileProducts::ZERO;
-        let tiles_of_unit = unit.begin();
-        for part in 0..cols.div_ceil(FIXED_COLS) {
-            let start = part * FIXED_COLS;
-            let len = FIXED_COLS.min(cols - start);
-            let count = len.div_ceil(TILE_COLS);
+        // `[group pair, field pair]`, each `[field, group]`.
+        let sums: &mut [TileProducts] =
+            bytemuck::cast_slice_mut(&mut sums[..floats(groups * four)]);
+        let unit = unit.begin();
+        for start in (0..cols).step_by(COLS) {
+            let len = COLS.min(cols - start);
             for row in 0..rows {
                 spread(row, &packed[row * cols + start..][..len], tiles);
             }
-            let fields: [&[Tile]; 4] = std::array::from_fn(|f| &tiles[f * PART_TILES..][..count]);
-            for group in (0..groups).step_by(2) {
-                let x = [x.of(group, part, 0, count), x.of(group + 1, part, 0, count)];
-                for pair in [0, 2] {
-                    tiles_of_unit.multiply([fields[pair], fields[pair + 1]], x, &mut products);
-                    for field in 0..2 {
-                        for i in 0..2 {
-                            add_sums(&mut sums[group + i][pair + field], &products.0[field][i]);
-                        }
-                    }
-                }
+            let count = len.div_ceil(TILE_COLS);
+            let fields: [&[Tile]; 4] = std::array::from_fn(|f| &tiles[f * TILES..][..count]);
+            let (part, first) = (start / FIXED_COLS, start % FIXED_COLS / TILE_COLS);
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let (group, field) = (i / 2 * 2, i % 2 * 2);
+                let x = [group, group + 1].map(|group| &x.of(group, part, 0)[first..][..count]);
+                unit.multiply([fields[field], fields[field + 1]], x, sums, start > 0);
             }
         }
-        drop(tiles_of_unit);
-        for (i, out) in out.into_iter().enumerate() {
-            let (token, field) = (i / 4, i % 4);
-            let scale = x_scales[token] * scale;
-            let sums = &sums[token / TILE_ROWS][field];
-            for (out, sums) in out.iter_mut().zip(sums) {
-                let y = sums[token % TILE_ROWS] as f32 * scale;
-                *out = if add { *out + y } else { y };
+        drop(unit);
+        let mut out = out;
+        for (i, TileProducts(sums)) in sums.iter().enumerate() {
+            for (j, sums) in sums.as_flattened().iter().enumerate() {
+                let (group, field) = (i / 2 * 2 + j % 2, i % 2 * 2 + j / 2);
+                let mut y = sums.map(|row| row.map(|sum| sum as f32));
+                simd.transpose(&mut y);
+                let tokens = out.iter_mut().skip(4 * TILE_ROWS * group + field).step_by(4);
+                for ((out, y), x_scale) in
+                    tokens.zip(y).zip(x_scales.iter().skip(TILE_ROWS * group))
+                {
+                    let scale = x_scale * scale;
+                    for (out, y) in out.iter_mut().zip(y) {
+                        let y = y * scale;
+                        *out = if add { *out + y } else { y };
+                    }
+                }
             }
         }
     }
@@ -91,20 +99,11 @@ fn spread(row: usize, packed: &[u8], tiles: &mut [Tile]) {
         let mut block = [0; TILE_COLS];
         block[..packed.len()].copy_from_slice(packed);
         for field in 0..4 {
-            let weights = &mut tiles[field * PART_TILES + tile][row];
+            let weights = &mut tiles[field * TILES + tile][row];
             for (weight, byte) in weights.iter_mut().zip(block) {
                 // A field holds weight + 1.
                 *weight = (byte >> (2 * field) & 0b11) as i8 - 1;
             }
-        }
-    }
-}
-
-#[inline(always)]
-fn add_sums(sums: &mut TileSums, products: &TileSums) {
-    for (sums, products) in sums.iter_mut().zip(products) {
-        for (sum, product) in sums.iter_mut().zip(products) {
-            *sum += product;
         }
     }
 }

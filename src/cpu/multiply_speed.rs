@@ -135,7 +135,7 @@ impl Kernel for Tiled {
         let mut products = TileProducts::ZERO;
         let unit = self.0.begin();
         for _ in 0..REPEATS / 64 {
-            unit.multiply([&tiles; 2], [&tiles; 2], &mut products);
+            unit.multiply([&tiles; 2], [&tiles; 2], &mut products, true);
             black_box(&mut products);
         }
         REPEATS / 64 * 4 * tiles.len() * size_of::<Tile>() * TILE_ROWS

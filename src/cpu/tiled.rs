@@ -113,11 +113,11 @@ impl<'a> TileGroups<'a> {
         self.tiles.len() / (self.parts * self.planes * PART_TILES).max(1)
     }
 
-    /// The first `count` tiles of a group's part.
+    /// The tiles of a group's part.
     #[inline(always)]
-    pub(super) fn of(&self, group: usize, part: usize, plane: usize, count: usize) -> &'a [Tile] {
+    pub(super) fn of(&self, group: usize, part: usize, plane: usize) -> &'a [Tile] {
         let at = (group * self.parts + part) * self.planes + plane;
-        &self.tiles[at * PART_TILES..][..count]
+        &self.tiles[at * PART_TILES..][..PART_TILES]
     }
 }
 

@@ -48,7 +48,7 @@ use std::str::FromStr;
 
 use half::f16;
 
-pub(super) use tiles::{TILE_COLS, TILE_ROWS, Tile, TileProducts, TileSums, TileUnit};
+pub(super) use tiles::{TILE_COLS, TILE_ROWS, Tile, TileProducts, TileUnit};
 
 /// Elements of a block of floats.
 pub(super) const BLOCK: usize = 32;
@@ -210,6 +210,16 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
             sums[i] = self.fma(dot, self.splat(scales[i]), sums[i]);
         }
         sums
+    }
+
+    /// Swaps rows and columns.
+    #[inline(always)]
+    fn transpose(self, x: &mut [[f32; 16]; 16]) {
+        for i in 0..16 {
+            for j in 0..i {
+                (x[i][j], x[j][i]) = (x[j][i], x[i][j]);
+            }
+        }
     }
 
     /// Asks for the cache line that holds byte `at` of `from`, or would if it were that long.
@@ -464,6 +474,29 @@ impl Level {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    struct Transpose([[f32; 16]; 16]);
+
+    impl Kernel for Transpose {
+        type Output = [[f32; 16]; 16];
+
+        #[inline(always)]
+        fn run<S: Simd>(mut self, simd: S) -> Self::Output {
+            simd.transpose(&mut self.0);
+            self.0
+        }
+    }
+
+    #[test]
+    fn rows_become_columns() {
+        let at = |i: usize, j: usize| (16 * i + j) as f32;
+        let x = std::array::from_fn(|i| std::array::from_fn(|j| at(i, j)));
+        let want: [[f32; 16]; 16] = std::array::from_fn(|i| std::array::from_fn(|j| at(j, i)));
+        for kernels in Kernels::available() {
+            let level = Level::new(kernels).expect("available");
+            assert_eq!(level.run(Transpose(x)), want, "{kernels:?}");
+        }
+    }
 
     struct Exp<'a>(&'a [f32; BLOCK]);
 

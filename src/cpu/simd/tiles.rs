@@ -9,6 +9,8 @@
 
 use std::marker::PhantomData;
 
+use bytemuck::{Pod, Zeroable};
+
 /// Rows of a tile.
 pub(in crate::cpu) const TILE_ROWS: usize = 16;
 
@@ -23,7 +25,7 @@ pub(in crate::cpu) type Tile = [[i8; TILE_COLS]; TILE_ROWS];
 pub(in crate::cpu) type TileSums = [[i32; TILE_ROWS]; TILE_ROWS];
 
 /// Those of two tiles of rows with two of tokens, `[rows][tokens]`.
-#[derive(Clone)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub(in crate::cpu) struct TileProducts(pub(in crate::cpu) [[TileSums; 2]; 2]);
 
@@ -52,7 +54,8 @@ impl TileUnit {
 pub(in crate::cpu) struct Tiles(PhantomData<*const ()>);
 
 impl Tiles {
-    /// Multiplies two by two rows of tiles, all equally many: each of `rows` with each of `tokens`.
+    /// Multiplies two by two rows of tiles, all equally many and not none: each of `rows` with each of
+    /// `tokens`. They are added to `products` if `add`, and else take their place.
     ///
     /// # Panics
     /// If they are not.
@@ -62,15 +65,12 @@ impl Tiles {
         rows: [&[Tile]; 2],
         tokens: [&[Tile]; 2],
         products: &mut TileProducts,
+        add: bool,
     ) {
         let count = rows[0].len();
         let equal = [rows[1], tokens[0], tokens[1]].iter().all(|tiles| tiles.len() == count);
-        assert!(equal, "as many tiles of each");
-        if count == 0 {
-            *products = TileProducts::ZERO;
-        } else {
-            multiply(rows, tokens, products);
-        }
+        assert!(equal && count > 0, "as many tiles of each, and not none");
+        multiply(rows, tokens, products, add);
     }
 }
 
@@ -142,13 +142,39 @@ fn release() {
 }
 
 /// Four sums stay in tiles while the columns pass by, so that each tile that is loaded is used twice:
-/// loads take half the time of the products.
+/// loads take half the time of the products. Tokens come out of the second-level cache, and are asked for
+/// two tiles ahead, or loads take all of it.
 #[cfg(target_arch = "x86_64")]
-fn multiply(rows: [&[Tile]; 2], tokens: [&[Tile]; 2], products: &mut TileProducts) {
+fn multiply(rows: [&[Tile]; 2], tokens: [&[Tile]; 2], products: &mut TileProducts, add: bool) {
+    /// A product, and four lines of what will be needed.
+    macro_rules! product {
+        ($sums:literal, $row:literal, $token:literal, $place:literal, $line:literal) => {
+            concat!(
+                concat!("tdpbssd ", $sums, ", ", $row, ", ", $token, "\n"),
+                concat!("prefetcht0 [{", $place, "} + 2048 + ", $line, "]\n"),
+                concat!("prefetcht0 [{", $place, "} + 2048 + ", $line, " + 64]\n"),
+                concat!("prefetcht0 [{", $place, "} + 2048 + ", $line, " + 128]\n"),
+                concat!("prefetcht0 [{", $place, "} + 2048 + ", $line, " + 192]\n"),
+                concat!("prefetcht0 [{", $place, "} + 2048 + ", $line, " + 256]\n"),
+                concat!("prefetcht0 [{", $place, "} + 2048 + ", $line, " + 320]\n"),
+                concat!("prefetcht0 [{", $place, "} + 2048 + ", $line, " + 384]\n"),
+                concat!("prefetcht0 [{", $place, "} + 2048 + ", $line, " + 448]\n"),
+            )
+        };
+    }
     // SAFETY: the unit is set up on this thread. All four slices hold as many tiles of 1024 bytes as the
-    // loop takes, which are not none, and `products` has the 4096 bytes that are written.
+    // loop takes, which are not none, and `products` has the 4096 bytes that are read and written. A
+    // prefetch may name any address.
     unsafe {
         std::arch::asm!(
+            "test {add:e}, {add:e}",
+            "jz 3f",
+            "tileloadd tmm0, [{out} + {stride}*1]",
+            "tileloadd tmm1, [{out} + {stride}*1 + 1024]",
+            "tileloadd tmm2, [{out} + {stride}*1 + 2048]",
+            "tileloadd tmm3, [{out} + {stride}*1 + 3072]",
+            "jmp 2f",
+            "3:",
             "tilezero tmm0",
             "tilezero tmm1",
             "tilezero tmm2",
@@ -158,10 +184,10 @@ fn multiply(rows: [&[Tile]; 2], tokens: [&[Tile]; 2], products: &mut TileProduct
             "tileloadd tmm6, [{x} + {stride}*1]",
             "tileloadd tmm5, [{b} + {stride}*1]",
             "tileloadd tmm7, [{y} + {stride}*1]",
-            "tdpbssd tmm0, tmm4, tmm6",
-            "tdpbssd tmm1, tmm4, tmm7",
-            "tdpbssd tmm2, tmm5, tmm6",
-            "tdpbssd tmm3, tmm5, tmm7",
+            product!("tmm0", "tmm4", "tmm6", "x", 0),
+            product!("tmm1", "tmm4", "tmm7", "x", 512),
+            product!("tmm2", "tmm5", "tmm6", "y", 0),
+            product!("tmm3", "tmm5", "tmm7", "y", 512),
             "add {a}, 1024",
             "add {b}, 1024",
             "add {x}, 1024",
@@ -172,6 +198,7 @@ fn multiply(rows: [&[Tile]; 2], tokens: [&[Tile]; 2], products: &mut TileProduct
             "tilestored [{out} + {stride}*1 + 1024], tmm1",
             "tilestored [{out} + {stride}*1 + 2048], tmm2",
             "tilestored [{out} + {stride}*1 + 3072], tmm3",
+            add = in(reg) u32::from(add),
             a = inout(reg) rows[0].as_ptr() => _,
             b = inout(reg) rows[1].as_ptr() => _,
             x = inout(reg) tokens[0].as_ptr() => _,
@@ -197,8 +224,10 @@ use plain as multiply;
 
 /// The same in plain Rust.
 #[cfg(any(test, not(target_arch = "x86_64")))]
-fn plain(rows: [&[Tile]; 2], tokens: [&[Tile]; 2], products: &mut TileProducts) {
-    *products = TileProducts::ZERO;
+fn plain(rows: [&[Tile]; 2], tokens: [&[Tile]; 2], products: &mut TileProducts, add: bool) {
+    if !add {
+        *products = TileProducts::ZERO;
+    }
     for (rows, products) in rows.into_iter().zip(&mut products.0) {
         for (tokens, sums) in tokens.into_iter().zip(products) {
             for (rows, tokens) in rows.iter().zip(tokens) {
@@ -232,15 +261,16 @@ mod tests {
         // Sums of 65536 columns.
         let lowest = vec![[[i8::MIN; TILE_COLS]; TILE_ROWS]; 1024];
         for plainly in [true, false] {
-            let multiply =
-                |rows: [&[Tile]; 2], tokens: [&[Tile]; 2], out: &mut TileProducts| match &unit {
-                    Some(unit) if !plainly => unit.multiply(rows, tokens, out),
-                    _ => plain(rows, tokens, out),
-                };
+            let multiply = |rows: [&[Tile]; 2], tokens: [&[Tile]; 2], out: &mut _, add| match &unit
+            {
+                Some(unit) if !plainly => unit.multiply(rows, tokens, out, add),
+                _ => plain(rows, tokens, out, add),
+            };
             let mut found = TileProducts::ZERO;
-            for count in [0, 1, 2, 7] {
+            for (count, add) in [(1, false), (2, true), (7, false), (4, true), (3, true)] {
+                let before = found;
                 let at = |i: usize| &noise[7 * i..][..count];
-                multiply([at(0), at(1)], [at(2), at(3)], &mut found);
+                multiply([at(0), at(1)], [at(2), at(3)], &mut found, add);
                 for (i, j, row, token) in [(0, 0, 0, 0), (0, 1, 3, 15), (1, 0, 15, 2), (1, 1, 8, 7)]
                 {
                     let products = (0..count * TILE_COLS).map(|column| {
@@ -248,10 +278,12 @@ mod tests {
                         let x = at(2 + j)[tile][column / 4][4 * token + column % 4];
                         i32::from(at(i)[tile][row][column]) * i32::from(x)
                     });
-                    assert_eq!(found.0[i][j][row][token], products.sum::<i32>(), "{count} tiles");
+                    let before = if add { before.0[i][j][row][token] } else { 0 };
+                    let want = before + products.sum::<i32>();
+                    assert_eq!(found.0[i][j][row][token], want, "{count} tiles");
                 }
             }
-            multiply([&lowest; 2], [&lowest; 2], &mut found);
+            multiply([&lowest; 2], [&lowest; 2], &mut found, false);
             assert_eq!(found.0, [[[[1 << 30; TILE_ROWS]; TILE_ROWS]; 2]; 2]);
         }
     }
