@@ -7,7 +7,7 @@
 use super::Matrix;
 use super::fixed::{FIXED_BLOCKS, FixedRows};
 use super::linear_levels::common_scale;
-use super::simd::{BLOCK, Kernel, Simd, TILE_COLS, TILE_ROWS, Tile, TileProducts, TileUnit};
+use super::simd::{BLOCK, Kernel, LINE, Simd, TILE_COLS, TILE_ROWS, Tile, TileProducts, TileUnit};
 use super::tensor::Aligned;
 use super::tiled::{PART_TILES, TileGroups, split};
 use super::weights::{Levels, Levels4, Levels8, Row};
@@ -76,10 +76,6 @@ impl TiledProduct<'_> {
             let bytes = |n| matrix.format.bytes_of(n);
             for r in 0..rows {
                 let encoded = &matrix.row(first + r)[bytes(start)..][..bytes(len)];
-                // What is needed next, while all tokens pass by what is brought here.
-                for line in (0..encoded.len()).step_by(64) {
-                    simd.prefetch(encoded, encoded.len() + line);
-                }
                 let row_scales = &matrix.row_scales(first + r)[start / BLOCK..][..blocks];
                 let row = Row::<W>::new(encoded, row_scales);
                 scales[r / TILE_ROWS][r % TILE_ROWS] =
@@ -93,7 +89,15 @@ impl TiledProduct<'_> {
                     tiles[PART_TILES + tile][r % TILE_ROWS] = lower;
                 }
             }
+            let share = rows.div_ceil(groups);
             for group in 0..groups {
+                // The next part of some rows: asked for all at once, it would have to be waited for.
+                for r in (group * share..rows).take(share) {
+                    let next = &matrix.row(first + r)[bytes(start)..];
+                    for line in (0..bytes(FIXED_COLS)).step_by(LINE) {
+                        simd.prefetch_second(next, bytes(FIXED_COLS) + line);
+                    }
+                }
                 let planes = [0, 1].map(|plane| &x.of(group, part, plane)[..count]);
                 let x_scales: [_; TILE_ROWS] = std::array::from_fn(|t| {
                     let token = group * TILE_ROWS + t;

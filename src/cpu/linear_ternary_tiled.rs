@@ -4,7 +4,7 @@
 //! A strip is sixteen packed rows, 64 output rows. Its weights are spread to a byte each, [`COLS`] columns
 //! at a time, 16 KiB near the processor, and all tokens pass by them.
 
-use super::simd::{Kernel, Simd, TILE_COLS, TILE_ROWS, Tile, TileProducts, TileUnit};
+use super::simd::{Kernel, LINE, Simd, TILE_COLS, TILE_ROWS, Tile, TileProducts, TileUnit};
 use super::tensor::Aligned;
 use super::tiled::TileGroups;
 use crate::backend::FIXED_COLS;
@@ -63,7 +63,14 @@ impl Kernel for TiledProduct<'_> {
             let count = len.div_ceil(TILE_COLS);
             let fields: [&[Tile]; 4] = std::array::from_fn(|f| &tiles[f * TILES..][..count]);
             let (part, first) = (start / FIXED_COLS, start % FIXED_COLS / TILE_COLS);
+            let share = rows.div_ceil(groups);
             for (i, sums) in sums.iter_mut().enumerate() {
+                // The next columns of some rows: asked for all at once, they would have to be waited for.
+                for row in (i * share..rows).take(share) {
+                    for line in (0..COLS).step_by(LINE) {
+                        simd.prefetch_second(packed, row * cols + start + COLS + line);
+                    }
+                }
                 let (group, field) = (i / 2 * 2, i % 2 * 2);
                 let x = [group, group + 1].map(|group| &x.of(group, part, 0)[first..][..count]);
                 unit.multiply([fields[field], fields[field + 1]], x, sums, start > 0);
