@@ -94,10 +94,7 @@ impl Cpu {
         let level = Level::new(kernels).ok_or_else(|| Error::Device {
             device: "CPU".into(),
             what: "choosing kernels".into(),
-            message: {
-                let here: Vec<_> = Kernels::available().into_iter().map(Kernels::key).collect();
-                format!("it lacks {}; it has {}", kernels.name(), here.join(", "))
-            },
+            message: format!("it lacks {}; it has {}", kernels.name(), Kernels::listed()),
         })?;
         let threads = Threads::new(threads)?;
         let plural = if threads.count() == 1 { "" } else { "s" };

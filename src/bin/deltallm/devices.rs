@@ -28,8 +28,7 @@ pub fn run(args: &Args) -> Outcome {
     }
     let cpu = Cpu::new(None)?;
     writeln!(out, "{} (CPU)\n  driver            {}", cpu.device().name, cpu.device().driver)?;
-    let kernels: Vec<_> = Kernels::available().into_iter().map(Kernels::key).collect();
-    writeln!(out, "  instructions      {}", kernels.join(", "))?;
+    writeln!(out, "  instructions      {}", Kernels::listed())?;
 
     let hardware = adapters.iter().find(|adapter| adapter.kind != DeviceKind::SoftwareGpu);
     let (choice, reason) = match hardware {

@@ -363,6 +363,11 @@ impl Kernels {
         }
     }
 
+    /// The [`Kernels::key`] of each that this machine can run, as messages list them.
+    pub fn listed() -> String {
+        Self::available().into_iter().map(Self::key).collect::<Vec<_>>().join(", ")
+    }
+
     /// The name as options spell it, which [`Kernels::from_str`] reads.
     pub fn key(self) -> &'static str {
         match self {
@@ -383,8 +388,7 @@ impl FromStr for Kernels {
     fn from_str(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|kernels| kernels.key() == text);
         found.ok_or_else(|| {
-            let here = Self::available().into_iter().map(Self::key).collect::<Vec<_>>().join(", ");
-            format!("{text:?} is no set of instructions; this machine has {here}")
+            format!("{text:?} is no set of instructions; this machine has {}", Self::listed())
         })
     }
 }
