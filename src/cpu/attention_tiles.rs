@@ -118,18 +118,27 @@ pub(super) fn add_values<S: Simd, W: Weight>(
     ask: bool,
 ) {
     let blocks = sums.len() / weights.len() - 1;
-    if S::LANES < 16 {
-        add_values_of::<S, W, 2, 1>(simd, weights, (rows, stride), sums, ask);
-    } else if blocks.is_multiple_of(2) {
-        add_values_of::<S, W, 4, 2>(simd, weights, (rows, stride), sums, ask);
-    } else {
-        add_values_of::<S, W, 4, 1>(simd, weights, (rows, stride), sums, ask);
+    let of = (rows, stride);
+    // As many sums as leave registers for the rest: what is decoded meets four queries.
+    match S::LANES {
+        4 => {
+            add_values_of::<S, W, 1, 0, 4>(simd, weights, of, sums, ask);
+            add_values_of::<S, W, 1, 4, 4>(simd, weights, of, sums, false);
+        }
+        8 => {
+            add_values_of::<S, W, 1, 0, 2>(simd, weights, of, sums, ask);
+            add_values_of::<S, W, 1, 2, 2>(simd, weights, of, sums, false);
+        }
+        _ if blocks.is_multiple_of(2) => {
+            add_values_of::<S, W, 2, 0, 2>(simd, weights, of, sums, ask);
+        }
+        _ => add_values_of::<S, W, 1, 0, 2>(simd, weights, of, sums, ask),
     }
 }
 
-/// The same, for `Q` queries and `B` blocks at once.
+/// The same of vectors `FROM..FROM + V` of each block, `B` blocks and a tile of queries at once.
 #[inline(always)]
-fn add_values_of<S: Simd, W: Weight, const Q: usize, const B: usize>(
+fn add_values_of<S: Simd, W: Weight, const B: usize, const FROM: usize, const V: usize>(
     simd: S,
     weights: &[Block],
     (rows, stride): (&[u8], usize),
@@ -137,14 +146,14 @@ fn add_values_of<S: Simd, W: Weight, const Q: usize, const B: usize>(
     ask: bool,
 ) {
     let width = sums.len() / weights.len();
-    for (weights, sums) in weights.chunks_exact(Q).zip(sums.chunks_exact_mut(Q * width)) {
-        let weights: [_; Q] = std::array::from_fn(|q| &weights[q]);
+    for (weights, sums) in weights.chunks_exact(TILE).zip(sums.chunks_exact_mut(TILE * width)) {
+        let weights: [_; TILE] = std::array::from_fn(|q| &weights[q]);
         for first in (0..width - 1).step_by(B) {
-            let mut added = [[[simd.splat(0.0); 8]; B]; Q];
-            for q in 0..Q {
+            let mut added = [[[simd.splat(0.0); V]; B]; TILE];
+            for q in 0..TILE {
                 for b in 0..B {
-                    for i in 0..BLOCK / S::LANES {
-                        added[q][b][i] = simd.load(&sums[q * width + first + b], i);
+                    for v in 0..V {
+                        added[q][b][v] = simd.load(&sums[q * width + first + b], FROM + v);
                     }
                 }
             }
@@ -154,19 +163,19 @@ fn add_values_of<S: Simd, W: Weight, const Q: usize, const B: usize>(
                     ask_near(simd, values);
                 }
                 for b in 0..B {
-                    for i in 0..BLOCK / S::LANES {
-                        let v = W::load(simd, &values[b], 0, i);
-                        for q in 0..Q {
+                    for v in 0..V {
+                        let value = W::load(simd, &values[b], 0, FROM + v);
+                        for q in 0..TILE {
                             let weight = simd.splat(weights[q][key]);
-                            added[q][b][i] = simd.fma(weight, v, added[q][b][i]);
+                            added[q][b][v] = simd.fma(weight, value, added[q][b][v]);
                         }
                     }
                 }
             }
-            for q in 0..Q {
+            for q in 0..TILE {
                 for b in 0..B {
-                    for i in 0..BLOCK / S::LANES {
-                        simd.store(&mut sums[q * width + first + b], i, added[q][b][i]);
+                    for v in 0..V {
+                        simd.store(&mut sums[q * width + first + b], FROM + v, added[q][b][v]);
                     }
                 }
             }

@@ -87,7 +87,7 @@ impl Cpu {
     /// # Errors
     /// If the processor lacks the instructions, or threads cannot be started.
     pub fn with_kernels(threads: Option<usize>, kernels: Kernels) -> Result<Self> {
-        Self::with_reading(threads, kernels, Reading::of_this_processor())
+        Self::with_reading(threads, kernels, Reading::that_suits(kernels))
     }
 
     fn with_reading(threads: Option<usize>, kernels: Kernels, reading: Reading) -> Result<Self> {
