@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::attention::{Block, KEYS};
-use super::reading::ask_near;
+use super::reading::{ask_beyond, ask_near};
 use super::simd::{BLOCK, Simd};
 use super::weights::Weight;
 
@@ -119,31 +119,34 @@ pub(super) fn add_values<S: Simd, W: Weight>(
 ) {
     let blocks = sums.len() / weights.len() - 1;
     let of = (rows, stride);
+    // Evenly, or a burst of requests keeps all else waiting.
+    let ask = |part, parts| ask.then_some((part, parts));
     // As many sums as leave registers for the rest: what is decoded meets four queries.
     match S::LANES {
         4 => {
-            add_values_of::<S, W, 1, 0, 4>(simd, weights, of, sums, ask);
-            add_values_of::<S, W, 1, 4, 4>(simd, weights, of, sums, false);
+            add_values_of::<S, W, 1, 0, 4>(simd, weights, of, sums, ask(0, 2));
+            add_values_of::<S, W, 1, 4, 4>(simd, weights, of, sums, ask(1, 2));
         }
         8 => {
-            add_values_of::<S, W, 1, 0, 2>(simd, weights, of, sums, ask);
-            add_values_of::<S, W, 1, 2, 2>(simd, weights, of, sums, false);
+            add_values_of::<S, W, 1, 0, 2>(simd, weights, of, sums, ask(0, 2));
+            add_values_of::<S, W, 1, 2, 2>(simd, weights, of, sums, ask(1, 2));
         }
         _ if blocks.is_multiple_of(2) => {
-            add_values_of::<S, W, 2, 0, 2>(simd, weights, of, sums, ask);
+            add_values_of::<S, W, 2, 0, 2>(simd, weights, of, sums, ask(0, 1));
         }
-        _ => add_values_of::<S, W, 1, 0, 2>(simd, weights, of, sums, ask),
+        _ => add_values_of::<S, W, 1, 0, 2>(simd, weights, of, sums, ask(0, 1)),
     }
 }
 
-/// The same of vectors `FROM..FROM + V` of each block, `B` blocks and a tile of queries at once.
+/// The same of vectors `FROM..FROM + V` of each block, `B` blocks and a tile of queries at once; of `ask`,
+/// this part of how many of the rows to come is asked for.
 #[inline(always)]
 fn add_values_of<S: Simd, W: Weight, const B: usize, const FROM: usize, const V: usize>(
     simd: S,
     weights: &[Block],
     (rows, stride): (&[u8], usize),
     sums: &mut [Block],
-    ask: bool,
+    ask: Option<(usize, usize)>,
 ) {
     let width = sums.len() / weights.len();
     for (weights, sums) in weights.chunks_exact(TILE).zip(sums.chunks_exact_mut(TILE * width)) {
@@ -159,8 +162,9 @@ fn add_values_of<S: Simd, W: Weight, const B: usize, const FROM: usize, const V:
             }
             for (key, row) in rows.chunks_exact(stride).take(KEYS).enumerate() {
                 let values = &W::split(row).0[first..][..B];
-                if ask {
-                    ask_near(simd, values);
+                if ask.is_some_and(|(part, parts)| key % parts == part) {
+                    // Those of the next block of keys: of this one a few columns pass by in no time.
+                    ask_beyond(simd, values, KEYS * stride);
                 }
                 for b in 0..B {
                     for v in 0..V {

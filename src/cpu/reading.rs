@@ -75,9 +75,15 @@ pub(super) fn side_by_side<const R: usize>(rows: usize, group: usize, i: usize) 
 /// Asks for what follows `blocks` of one of several rows that are read at once.
 #[inline(always)]
 pub(super) fn ask_near<S: Simd, Raw: AsRef<[u8]>>(simd: S, blocks: &[Raw]) {
+    ask_beyond(simd, blocks, NEAR);
+}
+
+/// Asks for as much as `blocks` are, so many bytes beyond them.
+#[inline(always)]
+pub(super) fn ask_beyond<S: Simd, Raw: AsRef<[u8]>>(simd: S, blocks: &[Raw], bytes: usize) {
     if let Some(first) = blocks.first() {
         for line in (0..size_of_val(blocks)).step_by(LINE) {
-            simd.prefetch(first.as_ref(), NEAR + line);
+            simd.prefetch(first.as_ref(), bytes + line);
         }
     }
 }
