@@ -312,7 +312,7 @@ mod tests {
         assert!(error.contains("tunings.json") && error.contains("tokens 9"), "{error}");
         for (from, to, what) in [
             ("\"five\"", "\"six\"", "six"),
-            ("\"five\"", "5", "invalid type"),
+            ("\"five\"", "5", "expected value"),
             ("\"f16\":{", "\"f16\":{\"packing\":\"four\",", "f16: packing four"),
         ] {
             std::fs::write(&path, possible.replace(from, to)).expect("written");
