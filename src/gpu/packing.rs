@@ -144,7 +144,9 @@ mod tests {
 
     #[test]
     fn five_trits_come_back_from_a_byte() {
-        for (rows, cols) in [(1, 1), (4, 3), (5, 16), (6, 31), (23, 300), (64, 7), (101, 257)] {
+        let shapes: [(usize, usize); 7] =
+            [(1, 1), (4, 3), (5, 16), (6, 31), (23, 300), (64, 7), (101, 257)];
+        for (rows, cols) in shapes {
             let fifth = rows.div_ceil(5);
             let stride = cols.next_multiple_of(16);
             for matrix in matrices(rows, cols) {
@@ -184,10 +186,10 @@ mod tests {
                 assert_eq!(lane >> 8, number / 3u32.pow(5 - digits), "{number}, {digits} digits");
             }
             // And from the third digit on alone.
-            let rest = byte * 9 & 0xff;
+            let rest = (byte * 9) & 0xff;
             for digits in 1..=3 {
                 let right = number % 27 / 3u32.pow(3 - digits);
-                assert_eq!(rest * 3u32.pow(digits) >> 8, right, "{number}, {digits} digits");
+                assert_eq!((rest * 3u32.pow(digits)) >> 8, right, "{number}, {digits} digits");
             }
         }
     }
