@@ -54,13 +54,12 @@ fn matrix(shape: &Shape) -> MatrixSource {
     let &Shape { name, rows, cols, format } = shape;
     // Small numbers of every format; what they are does not matter, but subnormals would.
     let byte = |i: usize| (i * 7 % 11) as u8;
-    let fill = |bytes: usize| -> Vec<u8> { (0..bytes).map(byte).collect() };
     let halves = |high: u8| -> Vec<u8> {
         (0..rows * cols).flat_map(|i| [byte(i), high | byte(i) & 1]).collect()
     };
     match format {
         MatrixFormat::Ternary => {
-            let trits = |i: usize| [0, 2, 4, 6].map(|at| i * 7 / (1 + at) % 3 << at);
+            let trits = |i: usize| [0, 2, 4, 6].map(|at| (i * 7 / (1 + at) % 3) << at);
             let bytes = (0..rows.div_ceil(4) * cols).map(|i| trits(i).iter().sum::<usize>() as u8);
             MatrixSource::packed(name, rows, cols, bytes.collect::<Vec<_>>().into(), 1.0)
         }
