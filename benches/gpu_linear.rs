@@ -2,7 +2,8 @@
 //!
 //! Throughput is bytes of weights, each counted once, for one token; beside it stands the rate at
 //! which a kernel that does nothing but read gets through a buffer, which no product can beat. For
-//! many tokens it is multiply-adds.
+//! many tokens it is multiply-adds. Ternary weights are measured in both packings, which have different
+//! bytes: of them times tell more.
 //!
 //! Takes the fastest adapter, a software one where there is no other.
 
@@ -18,7 +19,7 @@ use deltallm::backend::{
 };
 use deltallm::checkpoint::{FloatType, MatrixSource};
 use deltallm::delta::Phase;
-use deltallm::gpu::{Gpu, GpuOptions, Select};
+use deltallm::gpu::{Gpu, GpuOptions, Packing, Select, Tuning, Tunings};
 use reading::Reader;
 
 /// Repetitions in one submission.
@@ -53,13 +54,14 @@ fn matrix(shape: &Shape) -> MatrixSource {
     let &Shape { name, rows, cols, format } = shape;
     // Small numbers of every format; what they are does not matter, but subnormals would.
     let byte = |i: usize| (i * 7 % 11) as u8;
-    let fill = |bytes: usize| -> Vec<u8> { (0..bytes).map(byte).collect() };
     let halves = |high: u8| -> Vec<u8> {
         (0..rows * cols).flat_map(|i| [byte(i), high | byte(i) & 1]).collect()
     };
     match format {
         MatrixFormat::Ternary => {
-            MatrixSource::packed(name, rows, cols, fill(rows.div_ceil(4) * cols).into(), 1.0)
+            let trits = |i: usize| [0, 2, 4, 6].map(|at| (i * 7 / (1 + at) % 3) << at);
+            let bytes = (0..rows.div_ceil(4) * cols).map(|i| trits(i).iter().sum::<usize>() as u8);
+            MatrixSource::packed(name, rows, cols, bytes.collect::<Vec<_>>().into(), 1.0)
         }
         MatrixFormat::F16 => {
             MatrixSource::float(name, rows, cols, FloatType::F16, halves(0x2c).into())
@@ -76,8 +78,31 @@ fn matrix(shape: &Shape) -> MatrixSource {
     }
 }
 
-fn options() -> GpuOptions {
-    GpuOptions { select: Select::Named(String::new()), ..GpuOptions::default() }
+/// The same adapter with both packings of ternary weights.
+fn gpus() -> [(Packing, Gpu); 2] {
+    let options = GpuOptions { select: Select::Named(String::new()), ..GpuOptions::default() };
+    let device = Gpu::open(&options).expect("an adapter").info().clone();
+    Packing::ALL.map(|packing| {
+        let mut tunings = Tunings::default();
+        tunings.insert(&device, Tuning { packing, ..Tuning::default_of(device.kind) });
+        let options = GpuOptions { tunings, ..options.clone() };
+        (packing, Gpu::open(&options).expect("an adapter"))
+    })
+}
+
+/// A product's name and device; of ternary weights in every packing.
+fn each(gpus: &[(Packing, Gpu)]) -> Vec<(String, &Shape, &Gpu)> {
+    let mut all = Vec::new();
+    for shape in &SHAPES {
+        let name = format!("{} {}", shape.name, shape.format.name());
+        if shape.format == MatrixFormat::Ternary {
+            let packed = |(packing, gpu)| (format!("{name}, {packing} in a byte"), shape, gpu);
+            all.extend(gpus.iter().map(|(packing, gpu)| packed((packing, gpu))));
+        } else {
+            all.push((name, shape, &gpus[0].1));
+        }
+    }
+    all
 }
 
 /// Times `count` products with `tokens` rows.
@@ -116,15 +141,14 @@ fn products(gpu: &Gpu, shape: &Shape, tokens: usize, count: u64) -> Duration {
 }
 
 fn one_token(criterion: &mut Criterion) {
-    let gpu = Gpu::open(&options()).expect("an adapter");
-    let mut group = criterion.benchmark_group(format!("one token, {}", gpu.info().name));
-    for shape in &SHAPES {
+    let gpus = gpus();
+    let mut group = criterion.benchmark_group(format!("one token, {}", gpus[0].1.info().name));
+    for (name, shape, gpu) in each(&gpus) {
         let bytes = gpu.linear(&[matrix(shape)]).expect("the matrix fits").bytes();
         group.throughput(Throughput::Bytes(bytes));
-        let name = format!("{} {}", shape.name, shape.format.name());
-        group.bench_function(name, |b| b.iter_custom(|count| products(&gpu, shape, 1, count)));
+        group.bench_function(name, |b| b.iter_custom(|count| products(gpu, shape, 1, count)));
     }
-    drop(gpu);
+    drop(gpus);
     let bytes = 64 << 20;
     group.throughput(Throughput::Bytes(bytes));
     let reader = Reader::new(bytes);
@@ -132,13 +156,12 @@ fn one_token(criterion: &mut Criterion) {
 }
 
 fn many_tokens(criterion: &mut Criterion) {
-    let gpu = Gpu::open(&options()).expect("an adapter");
-    let mut group = criterion.benchmark_group(format!("64 tokens, {}", gpu.info().name));
+    let gpus = gpus();
+    let mut group = criterion.benchmark_group(format!("64 tokens, {}", gpus[0].1.info().name));
     group.sample_size(10);
-    for shape in &SHAPES {
+    for (name, shape, gpu) in each(&gpus) {
         group.throughput(Throughput::Elements((shape.rows * shape.cols * 64) as u64));
-        let name = format!("{} {}", shape.name, shape.format.name());
-        group.bench_function(name, |b| b.iter_custom(|count| products(&gpu, shape, 64, count)));
+        group.bench_function(name, |b| b.iter_custom(|count| products(gpu, shape, 64, count)));
     }
 }
 

@@ -1,5 +1,5 @@
 // out = x W^T for ternary W and int8 x, for many tokens. A workgroup makes a tile of TILE_ROWS packed
-// rows (four outputs each) x TILE_TOKENS tokens, 64 columns at a time through workgroup memory; an
+// rows (FIELDS outputs each) x TILE_TOKENS tokens, 64 columns at a time through workgroup memory; an
 // invocation keeps ROWS packed rows x TOKENS tokens in registers.
 // Grid: (ceil(packed rows / TILE_ROWS), ceil(T / TILE_TOKENS)).
 
@@ -30,9 +30,9 @@ fn main(
     let tile_token = lane / ROW_LANES * TOKENS;
     let first_row = group.x * TILE_ROWS;
     let first_token = group.y * TILE_TOKENS;
-    var sums: array<vec4<i32>, ROWS * TOKENS>;
+    var sums: array<Sums, ROWS * TOKENS>;
     for (var s = 0u; s < ROWS * TOKENS; s++) {
-        sums[s] = vec4<i32>();
+        sums[s] = Sums();
     }
 
     for (var column = 0u; column < params.count16; column += TILE_16) {
@@ -56,14 +56,15 @@ fn main(
         }
         workgroupBarrier();
         for (var i = 0u; i < TILE_16; i++) {
-            var w: array<vec4<u32>, ROWS>;
+            var w: array<Weights, ROWS>;
             for (var r = 0u; r < ROWS; r++) {
-                w[r] = weight_tile[i * TILE_ROWS + tile_row + r * ROW_LANES];
+                w[r] = weights_of(weight_tile[i * TILE_ROWS + tile_row + r * ROW_LANES]);
             }
             for (var t = 0u; t < TOKENS; t++) {
                 let a = x_tile[(tile_token + t) * TILE_16 + i];
                 for (var r = 0u; r < ROWS; r++) {
-                    sums[r * TOKENS + t] += dot_fields(w[r], a);
+                    let at = r * TOKENS + t;
+                    sums[at] = plus_products(sums[at], w[r], a);
                 }
             }
         }

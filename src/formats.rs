@@ -53,7 +53,8 @@ pub enum MatrixFormat {
     /// Four bits in blocks of [`Q8_BLOCK`] columns of a row, two columns a byte with the lower bits
     /// first, one `f16` scale a block: `(level - 8) * scale`. Widths are whole blocks.
     Q4,
-    /// Two bits a weight, four output rows in a byte; multiplies 8-bit activations only.
+    /// Two bits a weight, four output rows in a byte; multiplies 8-bit activations only. A GPU may pack
+    /// [five](crate::gpu::Packing).
     Ternary,
 }
 

@@ -580,6 +580,11 @@ fn a_tuned_device_stays_tuned() {
         let found = ["ternary", "q4"].map(of);
         assert!(found.into_iter().all(|count| count > 6), "{found:?}");
         assert_eq!(found.into_iter().sum::<usize>(), measurements.len(), "others were measured");
+        for packing in ["four", "five"] {
+            let packed = measurements.iter().any(|m| m["packing"] == packing);
+            let taken = tried["tuning"]["packing"] == packing;
+            assert_eq!(packed, ways == "cuts" || taken, "{ways}, {packing}");
+        }
         for m in measurements {
             assert!(m["right"] == true && m[speed].as_f64() > Some(0.0), "{m}");
         }

@@ -11,7 +11,7 @@ use deltallm::backend::{
 };
 use deltallm::checkpoint::{FloatType, MatrixSource};
 use deltallm::delta::{AttentionPolicy, Phase};
-use deltallm::gpu::{Gpu, GpuOptions, Select};
+use deltallm::gpu::{Gpu, GpuOptions, Packing, Select, Tuning, Tunings};
 use deltallm::reference::Reference;
 use deltallm::sampler::{Draws, SampleStep, TokenSet};
 use gpu_common::{any, open};
@@ -138,14 +138,51 @@ fn linear_with_wide_rows() {
     }
 }
 
+/// A device whose ternary weights are packed like this.
+fn packed(packing: Packing, options: GpuOptions) -> Gpu {
+    let device = open(options.clone()).device().clone();
+    let mut tunings = Tunings::default();
+    tunings.insert(&device, Tuning { packing, ..Tuning::default_of(device.kind) });
+    open(GpuOptions { tunings, ..options })
+}
+
 #[test]
 fn ternary_matrices_in_pieces_are_exact() {
-    let gpu = open(GpuOptions { max_matrix_block: Some(1 << 10), ..any() });
-    for rows in [1, 33] {
-        let weight = ternary_matrix(133, 100, 9);
-        let want = product(&Reference::new(), &weight, rows, true);
-        assert_eq!(product(&gpu, &weight, rows, true), want, "{rows} rows");
+    for packing in Packing::ALL {
+        let gpu = packed(packing, GpuOptions { max_matrix_block: Some(1 << 10), ..any() });
+        for rows in [1, 33] {
+            let weight = ternary_matrix(133, 100, 9);
+            let want = product(&Reference::new(), &weight, rows, true);
+            assert_eq!(product(&gpu, &weight, rows, true), want, "{packing}, {rows} rows");
+        }
     }
+}
+
+/// More than is encoded at a time, so that a matrix goes to the device in several pieces.
+#[test]
+fn large_ternary_matrices_are_exact() {
+    let weight = ternary_matrix(20_003, 2560, 11);
+    let want = product(&Reference::new(), &weight, 1, true);
+    for packing in Packing::ALL {
+        assert_eq!(product(&packed(packing, any()), &weight, 1, true), want, "{packing}");
+    }
+}
+
+#[test]
+fn five_weights_in_a_byte_take_a_fifth_less() {
+    let weight = [ternary_matrix(200, 64, 3), ternary_matrix(41, 64, 4)];
+    let bytes = |packing| packed(packing, any()).linear(&weight).unwrap().bytes();
+    // With a table of four matrices.
+    assert_eq!(bytes(Packing::Four), (50 + 11) * 64 + 128);
+    assert_eq!(bytes(Packing::Five), (40 + 9) * 64 + 128);
+}
+
+/// A third bit pattern too many has no digit; the reader of files refuses it before.
+#[test]
+fn what_is_no_trit_is_refused_where_it_cannot_be_packed() {
+    let weight = MatrixSource::packed("odd", 4, 16, vec![0xff; 16].into(), 1.0);
+    let error = packed(Packing::Five, any()).linear(&[weight]).err().expect("no trits").to_string();
+    assert!(error.contains("odd") && error.contains("trits"), "{error}");
 }
 
 fn sampled<B: Backend>(backend: &B, logits: &[f32], step: &SampleStep<'_>) -> Result<u32, Error> {

@@ -5,7 +5,7 @@ mod gpu_common;
 
 use deltallm::backend::{Backend, DeviceKind};
 use deltallm::conformance;
-use deltallm::gpu::{Cut, Gpu, GpuOptions, Tile, Tuning, Tunings};
+use deltallm::gpu::{Cut, Gpu, GpuOptions, Packing, Tile, Tuning, Tunings};
 use gpu_common::{any, open};
 
 fn conforms(options: GpuOptions) {
@@ -64,6 +64,30 @@ fn conforms_with_matrices_in_pieces() {
     conforms(GpuOptions { max_matrix_block: Some(16 << 10), ..any() });
 }
 
+/// These options with a device of theirs tuned like this.
+fn tuned(options: GpuOptions, tuning: Tuning) -> GpuOptions {
+    let mut tunings = Tunings::default();
+    tunings.insert(open(options.clone()).device(), tuning);
+    GpuOptions { tunings, ..options }
+}
+
+/// In one buffer and cut into pieces, of which some hold parts of two matrices.
+#[test]
+fn products_conform_with_five_weights_in_a_byte() {
+    let pieces = |bytes| GpuOptions { max_matrix_block: Some(bytes), ..any() };
+    for options in [
+        any(),
+        GpuOptions { floor_limits: true, f16: false, subgroups: false, ..any() },
+        GpuOptions { packed_dot: false, ..any() },
+        pieces(16 << 10),
+        pieces(7 << 10),
+    ] {
+        let kind = open(options.clone()).device().kind;
+        let tuning = Tuning { packing: Packing::Five, ..Tuning::default_of(kind) };
+        some_conform(tuned(options, tuning), "linear_ternary");
+    }
+}
+
 /// As products are cut on a hardware GPU by default, and as nowhere by default.
 #[test]
 fn products_conform_however_they_are_cut() {
@@ -77,9 +101,9 @@ fn products_conform_however_they_are_cut() {
     for tuning in [Tuning::default_of(DeviceKind::DiscreteGpu), others] {
         for subgroups in [true, false] {
             let options = GpuOptions { subgroups, ..any() };
-            let mut tunings = Tunings::default();
-            tunings.insert(open(options.clone()).device(), tuning);
-            some_conform(GpuOptions { tunings, ..options }, "linear");
+            some_conform(tuned(options.clone(), tuning), "linear");
+            let five = Tuning { packing: Packing::Five, ..tuning };
+            some_conform(tuned(options, five), "linear_ternary");
         }
     }
 }
@@ -89,14 +113,14 @@ fn products_conform_however_they_are_cut() {
 fn products_conform_with_every_tile() {
     let all = Tuning::FORMATS.map(|format| Tile::all(format).collect::<Vec<_>>());
     let most = all.iter().map(Vec::len).max().unwrap_or(0);
-    let device = open(any()).device().clone();
+    let kind = open(any()).device().kind;
     for at in 0..most {
-        let mut tuning = Tuning::default_of(device.kind);
+        let mut tuning = Tuning::default_of(kind);
         for (format, tiles) in Tuning::FORMATS.into_iter().zip(&all) {
             *tuning.tiles.of_mut(format) = tiles[at % tiles.len()];
         }
-        let mut tunings = Tunings::default();
-        tunings.insert(&device, tuning);
-        some_conform(GpuOptions { tunings, ..any() }, "linear");
+        some_conform(tuned(any(), tuning), "linear");
+        let five = Tuning { packing: Packing::Five, ..tuning };
+        some_conform(tuned(any(), five), "linear_ternary");
     }
 }

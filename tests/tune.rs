@@ -6,7 +6,9 @@ use std::ops::ControlFlow;
 
 use deltallm::Error;
 use deltallm::backend::{Backend as _, MatrixFormat};
-use deltallm::gpu::{Cut, Fault, Faults, GpuOptions, Sabotage, Tuning, Tunings, tune};
+use deltallm::gpu::{
+    Cut, Fault, Faults, GpuOptions, Measurement, Packing, Sabotage, Tile, Tuning, Tunings, tune,
+};
 use gpu_common::{any, open};
 
 #[test]
@@ -47,6 +49,53 @@ fn wrong_results_are_not_taken() {
     let tuned = tune(&options, &[MatrixFormat::Ternary], &mut |_, _| ControlFlow::Continue(()));
     let error = tuned.expect_err("no tile is right").to_string();
     assert!(error.contains("ternary") && error.contains("gives right results"), "{error}");
+}
+
+/// Both are measured, and what is fastest with one token is taken, whatever it makes of many.
+#[test]
+fn the_packing_of_the_fastest_product_of_one_token_is_taken() {
+    let formats = [MatrixFormat::Ternary, MatrixFormat::F32];
+    let tuned = tune(&any(), &formats, &mut |_, _| ControlFlow::Continue(())).expect("a tuning");
+    let ternary = |cut: &&Measurement<Cut>| cut.format == MatrixFormat::Ternary;
+    let cuts: Vec<_> = tuned.cuts.iter().filter(ternary).collect();
+    for packing in Packing::ALL {
+        let of = cuts.iter().filter(|cut| cut.packing == Some(packing));
+        assert_eq!(of.clone().count(), Cut::all(MatrixFormat::Ternary).count());
+        for cut in of {
+            assert!(cut.right, "{cut:?}");
+            // A field may end in rows that are not there, and a table of scales is counted, too.
+            let a_byte = cut.speed / cut.bytes;
+            assert!((a_byte / packing.fields() as f64 - 1.0).abs() < 1e-2, "{cut:?}: {a_byte}");
+        }
+    }
+    let fastest = cuts.iter().max_by(|a, b| a.speed.total_cmp(&b.speed)).expect("cuts");
+    assert_eq!(
+        (Some(tuned.tuning.packing), tuned.tuning.cuts.ternary),
+        (fastest.packing, fastest.way)
+    );
+    let of_tiles = tuned.tiles.iter().map(|tile| (tile.format, tile.packing));
+    for (format, packing) in of_tiles {
+        let expected = (format == MatrixFormat::Ternary).then_some(tuned.tuning.packing);
+        assert_eq!(packing, expected);
+    }
+    assert_eq!(
+        tuned.tiles.len(),
+        formats.map(|format| Tile::all(format).count()).iter().sum::<usize>()
+    );
+}
+
+/// Whatever is not measured stays: a packing, too.
+#[test]
+fn a_packing_stays_where_ternary_weights_are_not_measured() {
+    let device = open(any()).device().clone();
+    let before = Tuning { packing: Packing::Five, ..Tuning::default_of(device.kind) };
+    let mut tunings = Tunings::default();
+    tunings.insert(&device, before);
+    let options = GpuOptions { tunings, ..any() };
+    let mut go_on = |_, _| ControlFlow::Continue(());
+    let tuned = tune(&options, &[MatrixFormat::F32], &mut go_on).expect("a tuning");
+    assert_eq!(tuned.tuning.packing, Packing::Five);
+    assert!(tuned.cuts.iter().all(|cut| cut.packing.is_none()));
 }
 
 #[test]

@@ -1,8 +1,8 @@
-// Ternary matrices: four output rows in a byte, several matrices stacked in one buffer.
+// Ternary matrices: several output rows in a byte, several matrices stacked in one buffer.
 //
-// A word of weights is 4 columns x 4 rows: field j of its bytes, masked out, is four weights of row
-// j as 0, 1, 2, ready for a dot product with four packed i8 activations. They stand for -1, 0, +1:
-// the sum of the activations, which the quantiser leaves beside the scale, takes the 1 off again.
+// A word of weights is 4 columns x FIELDS rows. How the rows lie in its bytes is the packing's own:
+// `ternary_four.wgsl` or `ternary_five.wgsl`. There a weight is 0, 1 or 2 and stands for -1, 0, +1: the
+// sum of the activations, which the quantiser leaves beside the scale, takes the 1 off again.
 
 struct Activation {
     scale: f32,
@@ -11,12 +11,12 @@ struct Activation {
 
 // One matrix of the stack, or the part of it that lies in this buffer.
 struct Segment {
-    start: u32,   // its first packed row in the buffer
-    count: u32,   // its packed rows in the buffer
-    source: u32,  // the first of them, counted in the matrix
-    quarter: u32, // packed rows of the whole matrix: the distance of the four fields' rows
-    rows: u32,    // output rows of the whole matrix
-    offset: u32,  // column of `out` of its first row
+    start: u32,  // its first packed row in the buffer
+    count: u32,  // its packed rows in the buffer
+    source: u32, // the first of them, counted in the matrix
+    apart: u32,  // packed rows of the whole matrix: the distance of the fields' rows
+    rows: u32,   // output rows of the whole matrix
+    offset: u32, // column of `out` of its first row
     scale: f32,
     unused: u32,
 }
@@ -27,25 +27,14 @@ struct Segment {
 @group(0) @binding(4) var<storage, read> x_rows: array<Activation>;
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;
 
-// The products of 16 columns of field 0 to 3 of `w` with 16 activations.
-fn dot_fields(w: vec4<u32>, a: vec4<u32>) -> vec4<i32> {
-    let mask = vec4<u32>(0x03030303u);
-    return vec4<i32>(
-        dot16(w & mask, a),
-        dot16((w >> vec4<u32>(2u)) & mask, a),
-        dot16((w >> vec4<u32>(4u)) & mask, a),
-        dot16((w >> vec4<u32>(6u)) & mask, a),
-    );
-}
-
 fn dot16(w: vec4<u32>, a: vec4<u32>) -> i32 {
     return dot4(w.x, a.x) + dot4(w.y, a.y) + dot4(w.z, a.z) + dot4(w.w, a.w);
 }
 
-// Writes the four results of a packed row of the buffer for one token.
-fn store_fields(packed_row: u32, token: u32, fields: vec4<i32>) {
+// Writes the results of a packed row of the buffer for one token.
+fn store_fields(packed_row: u32, token: u32, sums: Sums) {
     let activation = x_rows[token];
-    let sums = fields - vec4<i32>(activation.sum);
+    var fields = fields_of(sums);
     for (var s = 0u; s < 4u; s++) {
         let segment = segments[s];
         if (packed_row < segment.start || packed_row >= segment.start + segment.count) {
@@ -53,11 +42,11 @@ fn store_fields(packed_row: u32, token: u32, fields: vec4<i32>) {
         }
         let scale = activation.scale * segment.scale;
         let first = segment.source + packed_row - segment.start;
-        for (var field = 0u; field < 4u; field++) {
-            let row = first + field * segment.quarter;
+        for (var field = 0u; field < FIELDS; field++) {
+            let row = first + field * segment.apart;
             if (row < segment.rows) {
                 let at = token * params.out_stride + segment.offset + row;
-                let value = f32(sums[field]) * scale;
+                let value = f32(fields[field] - activation.sum) * scale;
                 if (ACCUMULATE == 1u) {
                     out[at] += value;
                 } else {

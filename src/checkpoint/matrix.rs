@@ -391,6 +391,38 @@ impl MatrixSource {
         }
     }
 
+    /// Writes output row `row` of a ternary matrix, `[cols]`: trits plus one, a byte each. What a file
+    /// has packed beside the three comes out as 3.
+    ///
+    /// # Panics
+    /// If the matrix is not ternary, `row` is outside the rows, or `codes` is not `cols` long.
+    pub fn codes(&self, row: usize, codes: &mut [u8]) {
+        assert!(row < self.rows, "{}: row {row}", self.name);
+        assert_eq!(codes.len(), self.cols, "{}: length", self.name);
+        match &self.storage {
+            Storage::Packed { data, .. } => {
+                let quarter = self.storage_rows();
+                let (field, packed_row) = (row / quarter, row % quarter);
+                let packed = &data[packed_row * self.cols..][..self.cols];
+                for (code, byte) in codes.iter_mut().zip(packed) {
+                    *code = byte >> (2 * field) & 3;
+                }
+            }
+            Storage::Master { stored, data, scale } => {
+                let (bytes, inverse) = (stored.bytes(), 1.0 / scale);
+                let row = &data[row * self.cols * bytes..][..self.cols * bytes];
+                let mut floats = [0.0; 256];
+                for (codes, row) in codes.chunks_mut(256).zip(row.chunks(256 * bytes)) {
+                    stored.decode(row, &mut floats);
+                    for (code, w) in codes.iter_mut().zip(floats) {
+                        *code = trit_plus_one(w * inverse);
+                    }
+                }
+            }
+            Storage::Float { .. } => panic!("{}: it is not ternary", self.name),
+        }
+    }
+
     fn copy_rows(&self, data: &[u8], (range, stride, out): Rows<'_>) {
         let row_bytes = self.row_bytes();
         for (row, out) in range.zip(out.chunks_exact_mut(stride)) {
@@ -452,9 +484,7 @@ impl MatrixSource {
                     }
                     self.decode_row(stored, data, source, floats);
                     for (byte, w) in packed.iter_mut().zip(&*floats) {
-                        // round_half_even and clamp in one: a half rounds to 0.
-                        let x = w * inverse;
-                        let code = 1 + u8::from(x > 0.5) - u8::from(x < -0.5);
+                        let code = trit_plus_one(w * inverse);
                         *byte = *byte & !(3 << (2 * field)) | code << (2 * field);
                     }
                 }
@@ -466,6 +496,11 @@ impl MatrixSource {
         let row_bytes = self.cols * stored.bytes();
         stored.decode(&data[row * row_bytes..][..row_bytes], out);
     }
+}
+
+/// `round_half_even` and `clamp` in one: a half rounds to 0.
+fn trit_plus_one(x: f32) -> u8 {
+    1 + u8::from(x > 0.5) - u8::from(x < -0.5)
 }
 
 /// Storage rows to be encoded: which, their padded bytes, and where they go.

@@ -26,7 +26,7 @@ pub struct Question<B> {
 type Ask<B> = dyn Fn(&B) -> Result<Vec<Check>> + Send + Sync;
 
 impl<B: Backend> Question<B> {
-    fn new(
+    pub(crate) fn new(
         operation: &'static str,
         name: impl Into<String>,
         ask: impl Fn(&B) -> Result<Vec<Check>> + Send + Sync + 'static,

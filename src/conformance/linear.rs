@@ -329,8 +329,15 @@ pub(super) fn linear_ternary<B: Backend>(backend: &B) -> Result<Vec<Check>> {
         stacks.push((format!("packed {heights:?} x {width}"), stack));
     }
     stacks.push(scaled_stack(&mut inputs));
-    let heights: [(&[usize], usize); 6] =
-        [(&[1], 65), (&[2], 7), (&[3], 64), (&[7], 130), (&[66], 48), (&[5, 1, 3], 128)];
+    let heights: [(&[usize], usize); 7] = [
+        (&[1], 65),
+        (&[2], 7),
+        (&[3], 64),
+        (&[7], 130),
+        (&[66], 48),
+        (&[5, 1, 3], 128),
+        (&[11, 6, 35, 4], 81),
+    ];
     for (heights, width) in heights {
         let stack = heights.iter().map(|&h| master_matrix(&mut inputs, h, width)).collect();
         stacks.push((format!("master {heights:?} x {width}"), stack));

@@ -1,10 +1,11 @@
 //! All known answers of a device, in every variant of the kernels: what a bug report needs.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::shader::{Abilities, Kernel};
-use super::{Gpu, GpuOptions};
+use super::{Gpu, GpuOptions, Packing};
 use crate::backend::{Activation, DeviceInfo, MatrixFormat, ModelPlan};
 use crate::conformance::known::{Question, of_attention, of_model};
 use crate::delta::{AttentionPolicy, KeyFormat, ValueFormat};
@@ -157,7 +158,8 @@ fn questions() -> Vec<Question<Gpu>> {
         {
             let (embedding, head) = (format, format);
             let body = [body; 3];
-            add(of_model(&ModelPlan { embedding, body, head, activation, intermediate: 640 }));
+            let plan = ModelPlan { embedding, body, head, activation, intermediate: 640 };
+            add(of_model(&plan).into_iter().flat_map(in_every_packing).collect());
         }
     }
     for head_dim in [64, 128] {
@@ -166,6 +168,23 @@ fn questions() -> Vec<Question<Gpu>> {
         }
     }
     questions
+}
+
+/// A device has one packing of ternary weights; it is to be known of both whether they would do.
+fn in_every_packing(question: Question<Gpu>) -> Vec<Question<Gpu>> {
+    if question.operation != "linear_ternary" {
+        return vec![question];
+    }
+    let question = Arc::new(question);
+    let packed = |packing| {
+        let question = Arc::clone(&question);
+        Question::new(
+            question.operation,
+            format!("{packing} weights in a byte"),
+            move |gpu: &Gpu| question.ask(&gpu.packed(packing)),
+        )
+    };
+    Packing::ALL.map(packed).into()
 }
 
 /// Keys and values in all formats, though not each with each.

@@ -5,6 +5,7 @@
 
 use super::buffer::Buffer;
 use super::device::Device;
+use super::packing::{self, Packing};
 use super::shader::Kernel;
 use super::stream::Stream;
 use super::tensor::{Tensor, padded};
@@ -36,7 +37,7 @@ struct Segment {
     start: u32,
     count: u32,
     source: u32,
-    quarter: u32,
+    apart: u32,
     rows: u32,
     offset: u32,
     scale: f32,
@@ -61,6 +62,8 @@ pub(super) struct Block {
 pub struct Linear {
     pub(super) blocks: Vec<Block>,
     pub(super) format: MatrixFormat,
+    /// Of ternary matrices.
+    pub(super) packing: Packing,
     /// Output width.
     pub(super) rows: usize,
     /// Input width.
@@ -81,7 +84,8 @@ impl Footprint for Linear {
 }
 
 impl Linear {
-    pub(super) fn new(device: &Device, stack: &[MatrixSource]) -> Result<Self> {
+    /// `packing`: of ternary matrices.
+    pub(super) fn new(device: &Device, stack: &[MatrixSource], packing: Packing) -> Result<Self> {
         let Some(first) = stack.first() else {
             return Err(device.fault("linear", "the stack has no matrix"));
         };
@@ -112,8 +116,8 @@ impl Linear {
             });
         }
         let block_rows = fitting.min(MAX_BLOCK_ROWS);
-        let storage_rows: usize = stack.iter().map(MatrixSource::storage_rows).sum();
-        let mut upload = Upload::new(device, stride, row_bytes);
+        let storage_rows: usize = stack.iter().map(|matrix| packing.rows_of(matrix)).sum();
+        let mut upload = Upload::new(device, packing, stride, row_bytes);
         let mut blocks = Vec::new();
         for first in (0..storage_rows).step_by(block_rows) {
             let rows = block_rows.min(storage_rows - first);
@@ -121,7 +125,7 @@ impl Linear {
         }
         upload.finish()?;
         let rows = stack.iter().map(MatrixSource::rows).sum();
-        Ok(Self { blocks, format, rows, cols, stride })
+        Ok(Self { blocks, format, packing, rows, cols, stride })
     }
 }
 
@@ -130,12 +134,13 @@ pub(super) fn kernels(format: MatrixFormat, tuning: &Tuning) -> (Vec<Kernel>, Ve
     let (cut, tile) = (*tuning.cuts.of(format), *tuning.tiles.of(format));
     let adds = [false, true].into_iter();
     if format == MatrixFormat::Ternary {
+        let packing = tuning.packing;
         // What is announced twice is compiled once.
         let tiles = move |add| {
             let tiles = [tile, tile.of_fewer_tokens(format)].into_iter();
-            tiles.map(move |tile| Kernel::LinearTernaryTiled { add, tile })
+            tiles.map(move |tile| Kernel::LinearTernaryTiled { packing, add, tile })
         };
-        let few = adds.clone().map(|add| Kernel::LinearTernary { add, cut });
+        let few = adds.clone().map(|add| Kernel::LinearTernary { packing, add, cut });
         (adds.flat_map(tiles).collect(), few.collect())
     } else {
         let many = adds.clone().map(|add| Kernel::LinearFloatTiled { weights: format, add, tile });
@@ -147,6 +152,7 @@ pub(super) fn kernels(format: MatrixFormat, tuning: &Tuning) -> (Vec<Kernel>, Ve
 /// Writes matrices to the device in bounded pieces.
 struct Upload<'a> {
     device: &'a Device,
+    packing: Packing,
     stride: usize,
     row_bytes: usize,
     staged: usize,
@@ -155,9 +161,9 @@ struct Upload<'a> {
 }
 
 impl<'a> Upload<'a> {
-    fn new(device: &'a Device, stride: usize, row_bytes: usize) -> Self {
+    fn new(device: &'a Device, packing: Packing, stride: usize, row_bytes: usize) -> Self {
         let (values, scales) = (Vec::new(), Vec::new());
-        Self { device, stride, row_bytes, staged: 0, values, scales }
+        Self { device, packing, stride, row_bytes, staged: 0, values, scales }
     }
 
     /// Storage rows `first..first + rows` of the stack as a block.
@@ -176,7 +182,8 @@ impl<'a> Upload<'a> {
         // Where the current matrix starts: its storage rows in the stack, its columns in the output.
         let (mut stack_row, mut offset) = (0, 0);
         for matrix in stack {
-            let end = stack_row + matrix.storage_rows();
+            let height = self.packing.rows_of(matrix);
+            let end = stack_row + height;
             let (from, to) = (first.max(stack_row), (first + rows).min(end));
             if from < to {
                 if matrix.format() == MatrixFormat::Ternary {
@@ -184,7 +191,7 @@ impl<'a> Upload<'a> {
                         start: (from - first) as u32,
                         count: (to - from) as u32,
                         source: (from - stack_row) as u32,
-                        quarter: matrix.storage_rows() as u32,
+                        apart: height as u32,
                         rows: matrix.rows() as u32,
                         offset: offset as u32,
                         scale: matrix.scale(),
@@ -193,9 +200,11 @@ impl<'a> Upload<'a> {
                     segment_count += 1;
                 }
                 let piece_rows = (PIECE_BYTES / self.row_bytes.max(1)).max(1);
+                let repacked = self.packing.changes(matrix);
                 // Rows that lie in the file as they lie on the device go there straight from its map.
                 let stride = self.row_bytes;
-                let mapped = matrix.borrow().filter(|_| matrix.row_bytes() == stride);
+                let as_it_is = !repacked && matrix.row_bytes() == stride;
+                let mapped = matrix.borrow().filter(|_| as_it_is);
                 for row in (from..to).step_by(piece_rows) {
                     let count = piece_rows.min(to - row);
                     let source = row - stack_row..row - stack_row + count;
@@ -209,7 +218,12 @@ impl<'a> Upload<'a> {
                         let Self { values, scales, .. } = self;
                         values.clear();
                         scales.clear();
-                        matrix.encode(source, stride, scales_stride, values, scales);
+                        if repacked {
+                            packing::five(matrix, source, stride, values)
+                                .map_err(|message| device.fault(matrix.name(), message))?;
+                        } else {
+                            matrix.encode(source, stride, scales_stride, values, scales);
+                        }
                         device.write(&weights, place, values)?;
                         self.staged += values.len();
                     }

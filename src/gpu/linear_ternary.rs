@@ -1,6 +1,7 @@
 //! `linear` for ternary weights and int8 activations, in exact integers.
 
 use super::linear::{FEW_TOKENS, Linear};
+use super::packing::Packing;
 use super::shader::{Abilities, Binding, Kernel, Program, dot, reduce, wgsl};
 use super::stream::Stream;
 use super::tensor::Tensor;
@@ -23,7 +24,23 @@ fn bindings() -> Vec<(u32, Binding)> {
     vec![(1, Read), (2, Uniform), (3, Read), (4, Read), (5, Write)]
 }
 
-pub(super) fn program(add: bool, cut: Cut, abilities: Abilities) -> Program {
+/// The snippet of sums over what is packed like this.
+fn packed(packing: Packing) -> &'static str {
+    match packing {
+        Packing::Four => wgsl!("common/ternary_four.wgsl"),
+        Packing::Five => wgsl!("common/ternary_five.wgsl"),
+    }
+}
+
+/// The snippet of their sums over a workgroup.
+fn reduce_packed(packing: Packing) -> &'static str {
+    match packing {
+        Packing::Four => wgsl!("common/ternary_four_sums.wgsl"),
+        Packing::Five => wgsl!("common/ternary_five_sums.wgsl"),
+    }
+}
+
+pub(super) fn program(packing: Packing, add: bool, cut: Cut, abilities: Abilities) -> Program {
     let Cut { workgroup, rows } = cut;
     Program {
         constants: vec![("WORKGROUP", workgroup), ("ROWS", rows), ("ACCUMULATE", add.into())],
@@ -31,6 +48,8 @@ pub(super) fn program(add: bool, cut: Cut, abilities: Abilities) -> Program {
             reduce(abilities),
             dot(abilities),
             wgsl!("common/ternary.wgsl"),
+            packed(packing),
+            reduce_packed(packing),
             wgsl!("linear_ternary.wgsl"),
         ],
         bindings: bindings(),
@@ -38,7 +57,12 @@ pub(super) fn program(add: bool, cut: Cut, abilities: Abilities) -> Program {
     }
 }
 
-pub(super) fn tiled_program(add: bool, tile: Tile, abilities: Abilities) -> Program {
+pub(super) fn tiled_program(
+    packing: Packing,
+    add: bool,
+    tile: Tile,
+    abilities: Abilities,
+) -> Program {
     let mut constants = tile.constants(MatrixFormat::Ternary);
     constants.push(("ACCUMULATE", add.into()));
     Program {
@@ -46,6 +70,7 @@ pub(super) fn tiled_program(add: bool, tile: Tile, abilities: Abilities) -> Prog
         parts: vec![
             dot(abilities),
             wgsl!("common/ternary.wgsl"),
+            packed(packing),
             wgsl!("linear_ternary_tiled.wgsl"),
         ],
         bindings: bindings(),
@@ -64,6 +89,7 @@ impl Stream {
         let Some(scales) = &x.scales else {
             return Err(self.fault("linear", "int8 activations without scales"));
         };
+        let packing = weight.packing;
         for block in &weight.blocks {
             let Some(segments) = &block.segments else {
                 return Err(self.fault("linear", "ternary weights without segments"));
@@ -77,15 +103,15 @@ impl Stream {
             let (kernel, grid) = if x.rows <= FEW_TOKENS {
                 let cut = self.tuning.cuts.ternary;
                 let groups = block.rows.div_ceil(cut.rows as usize);
-                (Kernel::LinearTernary { add, cut }, [groups, x.rows, 1])
+                (Kernel::LinearTernary { packing, add, cut }, [groups, x.rows, 1])
             } else {
                 let format = MatrixFormat::Ternary;
                 let tile = self.tuning.tiles.ternary.for_tokens(format, x.rows);
                 let grid = tile.grid(format, block.rows, x.rows);
-                (Kernel::LinearTernaryTiled { add, tile }, grid)
+                (Kernel::LinearTernaryTiled { packing, add, tile }, grid)
             };
             let buffers = [&block.weights, segments, &x.data, scales, &out.data];
-            self.recorder.work(4 * block.rows * weight.cols * x.rows)?;
+            self.recorder.work(packing.fields() * block.rows * weight.cols * x.rows)?;
             self.recorder.dispatch(kernel, &params, &buffers, grid)?;
         }
         Ok(())

@@ -9,6 +9,7 @@
 //! | `image` | a cache read back, and restored |
 //! | `shader`, `pipeline`, `pipelines` | the table of kernels, linking them, and compiling them ahead |
 //! | `tuning`, `tile`, `tune`, `trial` | how work is cut for a device, and finding that out |
+//! | `packing` | how ternary weights lie on a device |
 //! | `self_test`, `findings` | known answers before a device is trusted, and remembering them |
 //! | `doctor`, `sabotage` | all known answers in every variant; kernels broken on purpose |
 //! | `recorder`, `stream` | a session's operations, submitted once a step |
@@ -34,6 +35,7 @@ mod linear_float;
 mod linear_ternary;
 mod multiply_speed;
 mod norm;
+mod packing;
 mod pipeline;
 mod pipelines;
 mod read_speed;
@@ -60,6 +62,7 @@ pub use doctor::{Answer, Diagnosis, Verdict, diagnose};
 pub use fault::{Fault, Faults};
 pub use findings::{Finding, Findings};
 pub use linear::Linear;
+pub use packing::Packing;
 pub use recorder::Counters;
 pub use sabotage::Sabotage;
 pub use shader::{Abilities, ShaderSource, shader_sources};
@@ -84,6 +87,8 @@ use tensor::{RowScale, padded};
 #[derive(Clone)]
 pub struct Gpu {
     device: Arc<device::Device>,
+    /// Of the ternary matrices that are brought to it from now on.
+    packing: Packing,
 }
 
 impl Gpu {
@@ -93,7 +98,13 @@ impl Gpu {
     /// [`Error::NoAdapter`](crate::Error::NoAdapter) with what there is where none fits;
     /// [`Error::Device`](crate::Error::Device) where the driver refuses.
     pub fn open(options: &GpuOptions) -> Result<Self> {
-        Ok(Self { device: Arc::new(device::Device::open(options)?) })
+        let device = Arc::new(device::Device::open(options)?);
+        Ok(Self { packing: device.tuning.packing, device })
+    }
+
+    /// The same device, to which ternary matrices are brought packed like this.
+    fn packed(&self, packing: Packing) -> Self {
+        Self { packing, ..self.clone() }
     }
 
     /// Which device this is.
@@ -156,7 +167,7 @@ impl Backend for Gpu {
     }
 
     fn linear(&self, stack: &[MatrixSource]) -> Result<Linear> {
-        Linear::new(&self.device, stack)
+        Linear::new(&self.device, stack, self.packing)
     }
 
     fn norm(&self, weight: &[f32], eps: f32) -> Result<Norm> {

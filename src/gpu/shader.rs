@@ -11,6 +11,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::cache::{PageKeys, PageKind, ValueStore};
+use super::packing::Packing;
 use super::tile::Tile;
 use super::tuning::Cut;
 use super::{
@@ -100,10 +101,12 @@ pub(super) enum Kernel {
         out: TensorFormat,
     },
     LinearTernary {
+        packing: Packing,
         add: bool,
         cut: Cut,
     },
     LinearTernaryTiled {
+        packing: Packing,
         add: bool,
         tile: Tile,
     },
@@ -207,9 +210,11 @@ impl Kernel {
         match self {
             Self::Embed { table } => embed::program(table, abilities),
             Self::Norm { out } => norm::program(out, abilities),
-            Self::LinearTernary { add, cut } => linear_ternary::program(add, cut, abilities),
-            Self::LinearTernaryTiled { add, tile } => {
-                linear_ternary::tiled_program(add, tile, abilities)
+            Self::LinearTernary { packing, add, cut } => {
+                linear_ternary::program(packing, add, cut, abilities)
+            }
+            Self::LinearTernaryTiled { packing, add, tile } => {
+                linear_ternary::tiled_program(packing, add, tile, abilities)
             }
             Self::LinearFloat { weights, add, cut } => {
                 linear_float::program(weights, add, cut, abilities)
@@ -265,11 +270,13 @@ impl Kernel {
                 all.extend(tiles.map(|tile| Self::LinearFloatTiled { weights, add, tile }));
             }
         }
-        for add in [false, true] {
-            let cuts = Cut::all(MatrixFormat::Ternary);
-            all.extend(cuts.map(|cut| Self::LinearTernary { add, cut }));
-            let tiles = Tile::all(MatrixFormat::Ternary);
-            all.extend(tiles.map(|tile| Self::LinearTernaryTiled { add, tile }));
+        for packing in Packing::ALL {
+            for add in [false, true] {
+                let cuts = Cut::all(MatrixFormat::Ternary);
+                all.extend(cuts.map(|cut| Self::LinearTernary { packing, add, cut }));
+                let tiles = Tile::all(MatrixFormat::Ternary);
+                all.extend(tiles.map(|tile| Self::LinearTernaryTiled { packing, add, tile }));
+            }
         }
         for out in tensors {
             all.push(Self::Norm { out });

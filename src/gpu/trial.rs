@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use half::f16;
 
-use super::{Gpu, Tuning};
+use super::{Gpu, Packing, Tuning};
 use crate::backend::{
     AttentionShape, Backend, DeviceKind, Footprint, Input, MatrixFormat, Operations, Step,
     StreamShape, TensorFormat, WEIGHT_STEP,
@@ -50,10 +50,9 @@ impl Work {
         Self { format, rows, cols, copies: 1, tokens }
     }
 
-    /// What the speed of it counts: bytes of weights where they are read for one token, else
-    /// multiplications.
-    fn amount(&self, bytes: u64) -> f64 {
-        if self.tokens == 1 { bytes as f64 } else { (self.rows * self.cols * self.tokens) as f64 }
+    /// Multiplications of a product; of one token as many as weights.
+    pub(super) fn products(&self) -> f64 {
+        (self.rows * self.cols * self.tokens) as f64
     }
 }
 
@@ -79,8 +78,8 @@ pub(super) struct Trial<B: Backend> {
     weights: Vec<B::Linear>,
     /// Whose turn it is.
     turn: usize,
-    /// What each of the products does.
-    amount: f64,
+    /// Of the matrix.
+    bytes: u64,
     x: B::Tensor,
     y: B::Tensor,
     /// Of `y`.
@@ -113,8 +112,8 @@ impl<B: Backend> Trial<B> {
         let ids = vec![0; tokens];
         let phase = if tokens == 1 { Phase::Decode } else { Phase::Prefill { length: tokens } };
         stream.begin(&Step { input: Input::Tokens(&ids), position: 0, phase })?;
-        let amount = work.amount(weights[0].bytes());
-        Ok(Self { stream, weights, turn: 0, amount, x, y, elements: tokens * rows })
+        let bytes = weights[0].bytes();
+        Ok(Self { stream, weights, turn: 0, bytes, x, y, elements: tokens * rows })
     }
 
     fn result(&mut self) -> Result<Vec<f32>> {
@@ -141,8 +140,34 @@ pub(super) fn expected(work: &Work) -> Result<Vec<f32>> {
     Trial::new(&Cpu::new(None)?, work, 1)?.result()
 }
 
+/// The same product with the matrix packed in several ways.
+pub(super) struct Trials(Vec<(Packing, Trial<Gpu>)>);
+
+impl Trials {
+    /// At least one packing.
+    pub(super) fn on(gpu: &Gpu, work: &Work, packings: &[Packing]) -> Result<Self> {
+        let trial = |&packing: &Packing| Ok((packing, Trial::on(&gpu.packed(packing), work)?));
+        packings.iter().map(trial).collect::<Result<_>>().map(Self)
+    }
+
+    fn at(&self, packing: Packing) -> usize {
+        self.0.iter().position(|(of, _)| *of == packing).unwrap_or(0)
+    }
+
+    /// That of a packing.
+    pub(super) fn of(&mut self, packing: Packing) -> &mut Trial<Gpu> {
+        let at = self.at(packing);
+        &mut self.0[at].1
+    }
+
+    /// Bytes of the matrix.
+    pub(super) fn bytes(&self, packing: Packing) -> u64 {
+        self.0[self.at(packing)].1.bytes
+    }
+}
+
 impl Trial<Gpu> {
-    pub(super) fn on(gpu: &Gpu, work: &Work) -> Result<Self> {
+    fn on(gpu: &Gpu, work: &Work) -> Result<Self> {
         Self::new(gpu, work, work.copies)
     }
 
@@ -160,11 +185,6 @@ impl Trial<Gpu> {
         self.stream.tuning = tuning;
         let count = TIME.as_secs_f64() / about.max(1e-6);
         self.time(count.ceil().clamp(1.0, 1000.0) as usize)
-    }
-
-    /// What is done in a second where a product takes so many.
-    pub(super) fn speed(&self, seconds: f64) -> f64 {
-        self.amount / seconds
     }
 }
 

@@ -5,14 +5,17 @@
 //! which multiply more than they read. What gives a result that is not the CPU's is not taken, however
 //! fast it is.
 //!
+//! Ternary weights are packed once, for one token and for many: the packing is that of the fastest product
+//! of one token, whose bytes are of no account there, and tiles are looked for with this one.
+//!
 //! The ways take turns: a machine that grows hot, or does something else meanwhile, is slower for all
 //! of them. What else it does can only make a way slower, so the fastest round of each counts.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use super::trial::{Trial, Work, expected, same};
-use super::{Cut, Gpu, GpuOptions, Tile, Tuning};
+use super::trial::{Trials, Work, expected, same};
+use super::{Cut, Gpu, GpuOptions, Packing, Tile, Tuning};
 use crate::backend::{DeviceInfo, MatrixFormat};
 use crate::error::{Error, Result};
 
@@ -31,12 +34,16 @@ const LONG: Duration = Duration::from_secs(5);
 pub struct Measurement<W> {
     /// Of the matrix.
     pub format: MatrixFormat,
+    /// How it was packed, where it is ternary.
+    pub packing: Option<Packing>,
     /// How the work was cut.
     pub way: W,
-    /// Of cuts: bytes of weights read in a second. Of tiles: multiplications in a second.
+    /// Multiplications in a second: by each weight once a token.
     pub speed: f64,
+    /// Bytes of weights in a second, each counted once a product.
+    pub bytes: f64,
     /// Whether the result was that of the CPU: to the bit for ternary matrices, else within rounding.
-    /// Not where the driver failed: then the speed is 0.
+    /// Not where the driver failed: then `speed` and `bytes` are 0.
     pub right: bool,
 }
 
@@ -49,9 +56,9 @@ pub struct Tuned {
     pub tuning: Tuning,
     /// Tokens of the products that tiles were measured with.
     pub tokens: usize,
-    /// All cuts, by format; the default of the kind of device is the first of each.
+    /// All cuts, by format and packing; the default of the kind of device is the first of each.
     pub cuts: Vec<Measurement<Cut>>,
-    /// All tiles, likewise.
+    /// All tiles, by format, with the packing of `tuning`; likewise.
     pub tiles: Vec<Measurement<Tile>>,
 }
 
@@ -72,21 +79,34 @@ pub fn tune(
     let gpu = Gpu::open(options)?;
     let kind = gpu.info().kind;
     let formats: Vec<_> = Tuning::FORMATS.into_iter().filter(|of| formats.contains(of)).collect();
-    let ways = |&format: &MatrixFormat| Cut::all(format).count() + Tile::all(format).count();
+    let ways = |&format: &MatrixFormat| {
+        packings(format).len() * Cut::all(format).count() + Tile::all(format).count()
+    };
     let total = (1 + ROUNDS) * formats.iter().map(ways).sum::<usize>();
     let mut search = Search { options, tuning: gpu.device.tuning, gpu, progress, done: 0, total };
     let (mut cuts, mut tiles) = (Vec::new(), Vec::new());
     for &format in &formats {
         let work = Work::one_token(kind, format);
-        cuts.extend(search.best(&work, Cut::all(format), |tuning| tuning.cuts.of_mut(format))?);
+        let all = || Cut::all(format);
+        cuts.extend(search.best(&work, packings(format), all, |to| to.cuts.of_mut(format))?);
     }
     for &format in &formats {
         let work = Work::many_tokens(kind, format);
-        tiles.extend(search.best(&work, Tile::all(format), |tuning| tuning.tiles.of_mut(format))?);
+        let (chosen, all) = ([search.tuning.packing], || Tile::all(format));
+        tiles.extend(search.best(&work, &chosen, all, |to| to.tiles.of_mut(format))?);
     }
     let tokens = Work::many_tokens(kind, MatrixFormat::Ternary).tokens;
     let Search { gpu, tuning, .. } = search;
     Ok(Tuned { device: gpu.info().clone(), tuning, tokens, cuts, tiles })
+}
+
+/// In which packings a product of one token is measured.
+fn packings(format: MatrixFormat) -> &'static [Packing] {
+    match format {
+        MatrixFormat::Ternary => &Packing::ALL,
+        // Of no account.
+        _ => &[Packing::Four],
+    }
 }
 
 struct Search<'a> {
@@ -108,21 +128,29 @@ struct Tried<W> {
 }
 
 impl Search<'_> {
-    /// Does the work in every way, and takes the fastest that gives right results.
-    fn best<W: Copy + PartialEq>(
+    /// Does the work in every way with every one of these packings, and takes the fastest that gives right
+    /// results.
+    fn best<W: Copy + PartialEq, I: Iterator<Item = W>>(
         &mut self,
         work: &Work,
-        all: impl Iterator<Item = W>,
+        packings: &[Packing],
+        all: impl Fn() -> I,
         of: impl Fn(&mut Tuning) -> &mut W,
     ) -> Result<Vec<Measurement<W>>> {
+        let ternary = work.format == MatrixFormat::Ternary;
         let default = *of(&mut Tuning::default_of(self.gpu.info().kind));
         let mut tried = Vec::new();
-        for way in std::iter::once(default).chain(all.filter(|way| *way != default)) {
-            let mut tuning = self.tuning;
-            *of(&mut tuning) = way;
-            tried.push(Tried { way, tuning, right: true, seconds: f64::INFINITY });
+        for &packing in packings {
+            for way in std::iter::once(default).chain(all().filter(|way| *way != default)) {
+                let mut tuning = self.tuning;
+                if ternary {
+                    tuning.packing = packing;
+                }
+                *of(&mut tuning) = way;
+                tried.push(Tried { way, tuning, right: true, seconds: f64::INFINITY });
+            }
         }
-        let trial = self.measure(work, &mut tried)?;
+        let trials = self.measure(work, &mut tried)?;
         let right = tried.iter().filter(|tried| tried.right);
         let Some(best) = right.min_by(|a, b| a.seconds.total_cmp(&b.seconds)) else {
             return Err(Error::Device {
@@ -131,29 +159,33 @@ impl Search<'_> {
                 message: "no way of computing them gives right results".to_owned(),
             });
         };
-        *of(&mut self.tuning) = best.way;
-        let measurement = |Tried { way, right, seconds, .. }| Measurement {
+        self.tuning = best.tuning;
+        let measurement = |Tried { way, tuning, right, seconds }| Measurement {
             format: work.format,
+            packing: ternary.then_some(tuning.packing),
             way,
-            speed: trial.speed(seconds),
+            speed: work.products() / seconds,
+            bytes: trials.bytes(tuning.packing) as f64 / seconds,
             right,
         };
         Ok(tried.into_iter().map(measurement).collect())
     }
 
     /// Each once, to know which are right and about how long they take, and then in rounds.
-    fn measure<W>(&mut self, work: &Work, ways: &mut [Tried<W>]) -> Result<Trial<Gpu>> {
+    fn measure<W>(&mut self, work: &Work, ways: &mut [Tried<W>]) -> Result<Trials> {
         let expected = expected(work)?;
-        let mut trial = Trial::on(&self.gpu, work)?;
+        let mut packings: Vec<_> = ways.iter().map(|way| way.tuning.packing).collect();
+        packings.dedup();
+        let mut trials = Trials::on(&self.gpu, work, &packings)?;
         for way in &mut *ways {
             self.step()?;
-            match trial.first(&self.gpu, way.tuning) {
+            match trials.of(way.tuning.packing).first(&self.gpu, way.tuning) {
                 Ok((result, seconds)) => {
                     (way.right, way.seconds) = (same(work, &result, &expected), seconds);
                 }
                 Err(error) => {
-                    drop(trial);
-                    trial = self.without(way, work, &error)?;
+                    drop(trials);
+                    trials = self.without(way, work, &packings, &error)?;
                 }
             }
         }
@@ -168,25 +200,31 @@ impl Search<'_> {
                 if !way.right || round > 0 && (over || way.seconds > limit) {
                     continue;
                 }
-                match trial.measure(way.tuning, way.seconds) {
+                match trials.of(way.tuning.packing).measure(way.tuning, way.seconds) {
                     Ok(seconds) if round == 0 => way.seconds = seconds,
                     Ok(seconds) => way.seconds = way.seconds.min(seconds),
                     Err(error) => {
-                        drop(trial);
-                        trial = self.without(way, work, &error)?;
+                        drop(trials);
+                        trials = self.without(way, work, &packings, &error)?;
                     }
                 }
             }
         }
-        Ok(trial)
+        Ok(trials)
     }
 
     /// A kernel that a driver fails at is not taken, and may have taken the device with it.
-    fn without<W>(&mut self, way: &mut Tried<W>, work: &Work, error: &Error) -> Result<Trial<Gpu>> {
+    fn without<W>(
+        &mut self,
+        way: &mut Tried<W>,
+        work: &Work,
+        packings: &[Packing],
+        error: &Error,
+    ) -> Result<Trials> {
         log::warn!("{error}: not taken");
         (way.right, way.seconds) = (false, f64::INFINITY);
         self.gpu = Gpu::open(self.options)?;
-        Trial::on(&self.gpu, work)
+        Trials::on(&self.gpu, work, packings)
     }
 
     fn step(&mut self) -> Result<()> {

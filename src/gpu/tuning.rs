@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::packing::Packing;
 use super::tile::Tile;
 use crate::backend::{DeviceInfo, DeviceKind, MatrixFormat};
 use crate::checkpoint::read_bounded;
@@ -119,7 +120,7 @@ impl<T> Formats<T> {
     }
 }
 
-/// How the products of a device are cut.
+/// How the products of a device are cut, and what they read is packed.
 ///
 /// The default for GPUs was chosen by reasoning, since none was at hand; that for software renderers
 /// was measured on llvmpipe, where a barrier of a workgroup costs more than the work between, and a read
@@ -130,6 +131,8 @@ pub struct Tuning {
     pub cuts: Formats<Cut>,
     /// Those with many.
     pub tiles: Formats<Tile>,
+    /// How ternary weights lie on the device, for both.
+    pub packing: Packing,
 }
 
 impl Tuning {
@@ -144,7 +147,8 @@ impl Tuning {
             _ if software => Tile { workgroup: 64, rows: 8, tokens: 8 },
             _ => Tile { workgroup: 256, rows: 4, tokens: 4 },
         };
-        Self { cuts: Formats::each(cut), tiles: Formats::each(tile) }
+        let packing = Packing::default();
+        Self { cuts: Formats::each(cut), tiles: Formats::each(tile), packing }
     }
 
     /// The formats that there are.
@@ -183,6 +187,9 @@ struct Entry {
     /// Absent from files of that time: what they know stays good.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     tile: Option<Tile>,
+    /// Of ternary weights; absent from files that know of one packing alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    packing: Option<Packing>,
 }
 
 impl Entry {
@@ -192,6 +199,13 @@ impl Entry {
 
     fn check(self, format: MatrixFormat) -> Result<()> {
         self.cut().check(format)?;
+        if let (Some(packing), true) = (self.packing, format != MatrixFormat::Ternary) {
+            return Err(Error::Parameter {
+                name: "tuning",
+                value: format!("{}: packing {packing}", format.name()),
+                allowed: "only ternary weights are packed".to_owned(),
+            });
+        }
         self.tile.map_or(Ok(()), |tile| tile.check(format))
     }
 }
@@ -203,14 +217,16 @@ impl Tunings {
         let default = Tuning::default_of(device.kind);
         let tile = |format| entries.of(format).tile.unwrap_or(*default.tiles.of(format));
         let cut = |format| entries.of(format).cut();
-        Some(Tuning { cuts: Formats::each(cut), tiles: Formats::each(tile) })
+        let packing = entries.ternary.packing.unwrap_or(default.packing);
+        Some(Tuning { cuts: Formats::each(cut), tiles: Formats::each(tile), packing })
     }
 
     /// Sets the tuning of a device.
     pub fn insert(&mut self, device: &DeviceInfo, tuning: Tuning) {
         let entry = |format| {
             let Cut { workgroup, rows } = *tuning.cuts.of(format);
-            Entry { workgroup, rows, tile: Some(*tuning.tiles.of(format)) }
+            let packing = (format == MatrixFormat::Ternary).then_some(tuning.packing);
+            Entry { workgroup, rows, tile: Some(*tuning.tiles.of(format)), packing }
         };
         self.0.insert(key(device), Formats::each(entry));
     }
@@ -218,7 +234,8 @@ impl Tunings {
     /// Reads what [`Tunings::write`] has written.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Malformed`], where a cut or a tile is impossible among its reasons.
+    /// [`Error::Io`]; [`Error::Malformed`], where a cut, a tile or a packing is impossible among its
+    /// reasons.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let malformed = |message: String| Error::Malformed {
@@ -272,6 +289,7 @@ mod tests {
         let mut tuning = Tuning::default_of(DeviceKind::IntegratedGpu);
         tuning.cuts.bf16.workgroup = 32;
         tuning.tiles.q4.tokens = 8;
+        tuning.packing = Packing::Five;
         let mut tunings = Tunings::default();
         tunings.insert(&device("1.0"), tuning);
         tunings.write(&path).expect("written");
@@ -292,14 +310,23 @@ mod tests {
         std::fs::write(&path, possible.replace("\"tokens\":8", "\"tokens\":9")).expect("written");
         let error = Tunings::read(&path).expect_err("9 tokens").to_string();
         assert!(error.contains("tunings.json") && error.contains("tokens 9"), "{error}");
+        for (from, to, what) in [
+            ("\"five\"", "\"six\"", "six"),
+            ("\"five\"", "5", "expected value"),
+            ("\"f16\":{", "\"f16\":{\"packing\":\"four\",", "f16: packing four"),
+        ] {
+            std::fs::write(&path, possible.replace(from, to)).expect("written");
+            let error = Tunings::read(&path).expect_err(what).to_string();
+            assert!(error.contains("tunings.json") && error.contains(what), "{error}");
+        }
         assert!(matches!(Tunings::read(folder.path()), Err(Error::Malformed { .. })));
         let absent = Tunings::read(folder.path().join("absent"));
         assert!(matches!(absent, Err(Error::Io { .. })));
     }
 
-    /// What the version before wrote, which knew of no tiles.
+    /// What earlier versions wrote, which knew of no tiles and of one packing.
     #[test]
-    fn a_file_of_cuts_alone_says_nothing_of_tiles() {
+    fn a_file_of_cuts_alone_says_nothing_of_the_rest() {
         for kind in [DeviceKind::DiscreteGpu, DeviceKind::SoftwareGpu] {
             let device = DeviceInfo {
                 name: "a GPU".into(),
@@ -322,7 +349,7 @@ mod tests {
             let mut tunings = Tunings::read(&path).expect("an older file is no error");
             let cut = |format| Cut { workgroup: 32, rows: 2 * least_rows(format) };
             let tiles = Tuning::default_of(kind).tiles;
-            let tuning = Tuning { cuts: Formats::each(cut), tiles };
+            let tuning = Tuning { cuts: Formats::each(cut), tiles, packing: Packing::Four };
             assert_eq!(tunings.of(&device), Some(tuning));
             // Another device that is tuned adds nothing to what is not known of this one.
             let other = DeviceInfo { name: "another".into(), ..device.clone() };

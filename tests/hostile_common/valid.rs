@@ -166,14 +166,16 @@ pub const POLICIES: [&str; 5] = [
 
 /// What `deltallm tune` writes.
 pub fn tunings() -> Value {
-    // Versions that did not measure tiles wrote none.
+    // Versions that did not measure tiles, or packings, wrote none.
     let cut = |rows: u32| json!({ "workgroup": 64, "rows": rows });
     let both = |rows: u32, tile: u32| {
         let tile = json!({ "workgroup": 256, "rows": tile, "tokens": 4 });
         json!({ "workgroup": 64, "rows": rows, "tile": tile })
     };
+    let mut ternary = both(2, 1);
+    ternary["packing"] = "five".into();
     json!({ "a GPU, vulkan, 1.0, f16": {
-        "ternary": both(2, 1), "f32": cut(4), "f16": both(4, 4), "bf16": cut(8), "q8": cut(4),
+        "ternary": ternary, "f32": cut(4), "f16": both(4, 4), "bf16": cut(8), "q8": cut(4),
         "q4": both(4, 8),
     }})
 }

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use deltallm::backend::MatrixFormat;
-use deltallm::gpu::{Formats, GpuOptions, Measurement, Select, Tuned, Tuning, tune};
+use deltallm::gpu::{Cut, GpuOptions, Measurement, Packing, Select, Tuned, Tuning, tune};
 use deltallm::{Cancel, Error};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -74,9 +74,14 @@ pub fn run(args: &Args) -> Outcome {
             "device": tuned.device.name,
             "driver": tuned.device.driver,
             "tuning": tuned.tuning,
-            "cuts": json_of(&tuned.cuts, "bytes_per_second"),
+            "cuts": json_of(&tuned.cuts, |m, object| {
+                object["weights_per_second"] = m.speed.into();
+                object["bytes_per_second"] = m.bytes.into();
+            }),
             "tokens": tuned.tokens,
-            "tiles": json_of(&tuned.tiles, "multiplications_per_second"),
+            "tiles": json_of(&tuned.tiles, |m, object| {
+                object["multiplications_per_second"] = m.speed.into();
+            }),
         });
         writeln!(out, "{object}")?;
     } else {
@@ -88,11 +93,18 @@ pub fn run(args: &Args) -> Outcome {
     }
 }
 
-fn json_of<W: Serialize>(measurements: &[Measurement<W>], unit: &str) -> Vec<Value> {
+/// Each measurement, with its speed as `add` puts it.
+fn json_of<W: Serialize>(
+    measurements: &[Measurement<W>],
+    add: impl Fn(&Measurement<W>, &mut Value),
+) -> Vec<Value> {
     let one = |m: &Measurement<W>| {
         let mut object = json!(m.way);
         object["format"] = m.format.name().into();
-        object[unit] = m.speed.into();
+        if let Some(packing) = m.packing {
+            object["packing"] = json!(packing);
+        }
+        add(m, &mut object);
         object["right"] = m.right.into();
         object
     };
@@ -103,44 +115,66 @@ fn report(out: &mut impl Write, tuned: &Tuned) -> io::Result<()> {
     let Tuned { device, tuning, tokens, cuts, tiles } = tuned;
     writeln!(out, "{} ({})", device.name, device.driver)?;
     writeln!(out, "\nproducts of one token, GB/s of weights; workgroup x rows\n")?;
-    table(out, cuts, &tuning.cuts)?;
+    table(out, cuts, |m| m.bytes)?;
+    packings(out, cuts, tuning.packing)?;
     writeln!(
         out,
         "\nproducts of {tokens} tokens, billions of multiplications a second; \
          workgroup x rows x tokens of an invocation\n"
     )?;
-    table(out, tiles, &tuning.tiles)
+    table(out, tiles, |m| m.speed)
 }
 
-/// Of each format the default and the best way.
-fn table<W: Display + PartialEq>(
+/// Of each format and packing the default and the best way.
+fn table<W: Display>(
     out: &mut impl Write,
     measurements: &[Measurement<W>],
-    chosen: &Formats<W>,
+    speed: impl Fn(&Measurement<W>) -> f64,
 ) -> io::Result<()> {
-    writeln!(out, "{:8} {:>9} {:>9} {:>9} {:>9} {:>6}", "", "default", "", "best", "", "times")?;
-    for format in Tuning::FORMATS {
-        let of = |m: &&Measurement<W>| m.format == format;
-        let Some(default) = measurements.iter().find(of) else {
-            continue;
+    writeln!(out, "{:13} {:>9} {:>9} {:>9} {:>9} {:>6}", "", "default", "", "best", "", "times")?;
+    let alike =
+        |a: &Measurement<W>, b: &Measurement<W>| (a.format, a.packing) == (b.format, b.packing);
+    for group in measurements.chunk_by(alike) {
+        let default = &group[0];
+        let right = group.iter().filter(|m| m.right);
+        let best = right.max_by(|a, b| speed(a).total_cmp(&speed(b))).unwrap_or(default);
+        let name = match default.packing {
+            Some(packing) => format!("{}, {packing}", default.format.name()),
+            None => default.format.name().to_owned(),
         };
-        let best = measurements.iter().filter(of);
-        let best = best.filter(|m| m.way == *chosen.of(format) && m.right);
-        let best = best.fold(0.0f64, |best, m| best.max(m.speed));
         writeln!(
             out,
-            "{:8} {:>9.2} {:>9} {:>9.2} {:>9} {:>6.2}",
-            format.name(),
-            default.speed / 1e9,
+            "{name:13} {:>9.2} {:>9} {:>9.2} {:>9} {:>6.2}",
+            speed(default) / 1e9,
             default.way.to_string(),
-            best / 1e9,
-            chosen.of(format).to_string(),
-            best / default.speed
+            speed(best) / 1e9,
+            best.way.to_string(),
+            speed(best) / speed(default)
         )?;
-        for m in measurements.iter().filter(of).filter(|m| !m.right) {
+        for m in group.iter().filter(|m| !m.right) {
             let what = if m.speed > 0.0 { "gives wrong results on" } else { "fails on" };
-            writeln!(out, "         {} {what} this driver", m.way)?;
+            writeln!(out, "              {} {what} this driver", m.way)?;
         }
+    }
+    Ok(())
+}
+
+/// How many ternary weights to a byte are fastest. Bytes a second do not tell: those of five weights say
+/// more.
+fn packings(out: &mut impl Write, cuts: &[Measurement<Cut>], chosen: Packing) -> io::Result<()> {
+    let best = |packing| {
+        let of = cuts.iter().filter(|m| m.right && m.packing == Some(packing));
+        of.fold(0.0f64, |best, m| best.max(m.speed))
+    };
+    let [four, five] = Packing::ALL.map(best);
+    if four.max(five) > 0.0 {
+        writeln!(
+            out,
+            "\nternary weights, billions a second: {:.2} where four share a byte, {:.2} where five do: \
+             {chosen} it is",
+            four / 1e9,
+            five / 1e9
+        )?;
     }
     Ok(())
 }
