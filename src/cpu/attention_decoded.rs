@@ -108,12 +108,12 @@ impl Products for Decoded<'_> {
             (&self.keys[..count * blocks], &self.approximate[..count * blocks]);
         let tiles = query.chunks_exact(TILE * blocks).zip(scores.as_chunks_mut().0);
         for (tile, (query, out)) in tiles.enumerate() {
-            products::<S, Float32>(simd, query, raw(keys), out, 0..count, false);
+            products::<S, Float32>(simd, query, raw(keys), out, 0..count, None);
             if both.is_empty() {
                 continue;
             }
             let mut scores: Scores = [[0.0; KEYS]; TILE];
-            products::<S, Float32>(simd, query, raw(approximate), &mut scores, 0..count, false);
+            products::<S, Float32>(simd, query, raw(approximate), &mut scores, 0..count, None);
             for (q, (out, scores)) in out.iter_mut().zip(&scores).enumerate() {
                 let token = plan.position + first + (tile * TILE + q) / plan.group();
                 let end = both.end.min(plan.rule.start(token).saturating_sub(start));
@@ -143,7 +143,7 @@ impl Products for Decoded<'_> {
             Values::Quantised(all) => all.decode(simd, kv_head, start, count, values),
         }
         let rows = (bytemuck::cast_slice(values), blocks * size_of::<Block>());
-        add_values::<S, Float32>(simd, weights, rows, sums, false);
+        add_values::<S, Float32>(simd, weights, rows, sums, None);
     }
 
     #[inline(always)]

@@ -6,10 +6,11 @@
 
 use std::ops::Range;
 
-use super::attention::{Block, Products, Task};
+use super::attention::{Block, KEYS, Products, Task};
 use super::attention_tiles::{Scores, TILE, add_values, products, raw};
 use super::cache::{Cache, Compressed, Keys, Store, Values};
 use super::page_scores::PageScores;
+use super::reading::NEAR;
 use super::simd::{BLOCK, Simd, together};
 use super::weights::{Apart4, Float16, Float32, Signed8};
 use crate::backend::AttentionShape;
@@ -63,7 +64,7 @@ impl Products for InPlace<'_> {
         scores: &mut [Block],
     ) {
         let Self { task, window, pages } = self;
-        let ask = task.plan.reading.asks();
+        let ask = task.plan.reading.asks().then_some(NEAR);
         let Cache { shape: AttentionShape { head_dim, .. }, context, policy, keys, .. } =
             task.cache;
         let blocks = head_dim / BLOCK;
@@ -107,20 +108,23 @@ impl Products for InPlace<'_> {
         let ask = plan.reading.asks();
         let (start, count) = (positions.start, positions.len());
         let head_dim = cache.shape.head_dim;
+        // The next block of keys: of this one a few columns pass by in no time.
+        let next = |stride: usize| ask.then_some(KEYS * stride);
         let row = kv_head * cache.context + start;
         let rows = row * head_dim..(row + count) * head_dim;
         match &cache.values {
             Values::Plain(Store::F32(all)) => {
                 let rows = (bytemuck::cast_slice(&all[rows]), 4 * head_dim);
-                add_values::<S, Float32>(simd, weights, rows, sums, ask);
+                add_values::<S, Float32>(simd, weights, rows, sums, next(4 * head_dim));
             }
             Values::Plain(Store::F16(all)) => {
                 let rows = (bytemuck::cast_slice(&all[rows]), 2 * head_dim);
-                add_values::<S, Float16>(simd, weights, rows, sums, ask);
+                add_values::<S, Float16>(simd, weights, rows, sums, next(2 * head_dim));
             }
             Values::Quantised(all) => {
                 all.scale_weights(simd, kv_head, start, count, weights, sums);
                 let rows = all.rows(kv_head, start, count);
+                let ask = all.distance(kv_head, start, start + KEYS).filter(|_| ask);
                 if all.format == ValueFormat::Int8 {
                     add_values::<S, Signed8>(simd, weights, rows, sums, ask);
                 } else {
@@ -138,13 +142,14 @@ impl Products for InPlace<'_> {
     }
 }
 
-/// Products of all queries with rows of a store from element `at` on, asked for ahead if `ask`, into
+/// Products of all queries with rows of a store from element `at` on, so far ahead of which more is asked
+/// for if `ask`, into
 /// `places` of each tile's scores.
 #[inline(always)]
 fn plain<S: Simd>(
     simd: S,
     store: &Store,
-    (at, ask): (usize, bool),
+    (at, ask): (usize, Option<usize>),
     query: &[Block],
     blocks: usize,
     places: Range<usize>,

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::attention::{Block, KEYS};
-use super::reading::{ask_beyond, ask_near};
+use super::reading::ask_beyond;
 use super::simd::{BLOCK, Simd};
 use super::weights::Weight;
 
@@ -23,7 +23,7 @@ pub(super) fn raw<T: bytemuck::Pod, const BYTES: usize>(rows: &[T]) -> &[[u8; BY
 }
 
 /// Products of the queries of a tile, `[TILE, blocks]`, with as many rows `[blocks]` as there are
-/// `places`, which is where they go; what follows the rows is asked for ahead if `ask`.
+/// `places`, which is where they go; what lies so many bytes beyond is asked for ahead if `ask`.
 #[inline(always)]
 pub(super) fn products<S: Simd, W: Weight>(
     simd: S,
@@ -31,7 +31,7 @@ pub(super) fn products<S: Simd, W: Weight>(
     rows: &[W::Raw],
     out: &mut Scores,
     places: Range<usize>,
-    ask: bool,
+    ask: Option<usize>,
 ) {
     if S::TILE >= 4 {
         products_of::<S, W, 4>(simd, query, rows, out, places, ask);
@@ -48,15 +48,15 @@ fn products_of<S: Simd, W: Weight, const K: usize>(
     rows: &[W::Raw],
     out: &mut Scores,
     places: Range<usize>,
-    ask: bool,
+    ask: Option<usize>,
 ) {
     let blocks = query.len() / TILE;
     let whole = places.len() / K * K;
     let (whole_rows, rest_rows) = rows.split_at(whole * blocks);
     let firsts = places.clone().step_by(K);
     for (first, rows) in firsts.zip(whole_rows.chunks_exact(K * blocks)) {
-        if ask {
-            ask_near(simd, rows);
+        if let Some(distance) = ask {
+            ask_beyond(simd, rows, distance);
         }
         tile::<S, W, K>(simd, query, rows, out, first);
     }
@@ -108,19 +108,19 @@ fn tile<S: Simd, W: Weight, const K: usize>(
 }
 
 /// Adds `weights` `[padded, KEYS]` times the values in `rows`, at most [`KEYS`] of `stride` bytes each,
-/// to `sums` `[padded, blocks + 1]`; what follows the rows is asked for ahead if `ask`.
+/// to `sums` `[padded, blocks + 1]`; what lies so many bytes beyond is asked for ahead if `ask`.
 #[inline(always)]
 pub(super) fn add_values<S: Simd, W: Weight>(
     simd: S,
     weights: &[Block],
     (rows, stride): (&[u8], usize),
     sums: &mut [Block],
-    ask: bool,
+    ask: Option<usize>,
 ) {
     let blocks = sums.len() / weights.len() - 1;
     let of = (rows, stride);
     // Evenly, or a burst of requests keeps all else waiting.
-    let ask = |part, parts| ask.then_some((part, parts));
+    let ask = |part, parts| ask.map(|distance| (part, parts, distance));
     // As many sums as leave registers for the rest: what is decoded meets four queries.
     match S::LANES {
         4 => {
@@ -139,14 +139,14 @@ pub(super) fn add_values<S: Simd, W: Weight>(
 }
 
 /// The same of vectors `FROM..FROM + V` of each block, `B` blocks and a tile of queries at once; of `ask`,
-/// this part of how many of the rows to come is asked for.
+/// this part of how many of the rows is asked for, so many bytes beyond.
 #[inline(always)]
 fn add_values_of<S: Simd, W: Weight, const B: usize, const FROM: usize, const V: usize>(
     simd: S,
     weights: &[Block],
     (rows, stride): (&[u8], usize),
     sums: &mut [Block],
-    ask: Option<(usize, usize)>,
+    ask: Option<(usize, usize, usize)>,
 ) {
     let width = sums.len() / weights.len();
     for (weights, sums) in weights.chunks_exact(TILE).zip(sums.chunks_exact_mut(TILE * width)) {
@@ -162,9 +162,10 @@ fn add_values_of<S: Simd, W: Weight, const B: usize, const FROM: usize, const V:
             }
             for (key, row) in rows.chunks_exact(stride).take(KEYS).enumerate() {
                 let values = &W::split(row).0[first..][..B];
-                if ask.is_some_and(|(part, parts)| key % parts == part) {
-                    // Those of the next block of keys: of this one a few columns pass by in no time.
-                    ask_beyond(simd, values, KEYS * stride);
+                if let Some((part, parts, distance)) = ask
+                    && key % parts == part
+                {
+                    ask_beyond(simd, values, distance);
                 }
                 for b in 0..B {
                     for v in 0..V {

@@ -12,9 +12,10 @@
 //! so that a token costs what its levels cost, and a chain needs the score of the token before
 //! instead of its key.
 //!
-//! The next page is asked for ahead only where that pays ([`Reading::asks`]): elsewhere a burst of
-//! requests keeps the values waiting, which costs more than it gains
-//! (benches/runs/2026-11-25-epyc-depth).
+//! The next page is asked for ahead only where that pays ([`Reading::asks`]): elsewhere requests keep the
+//! values waiting, which costs more than it gains (benches/runs/2026-11-25-epyc-depth). Levels are asked
+//! for row by row, at the distance between the two pages; of deltas nobody knows where they lie, and a
+//! part of the next page is asked for at once.
 //!
 //! [`Reading::asks`]: super::reading::Reading::asks
 
@@ -23,7 +24,7 @@ use std::ops::Range;
 use super::attention::Block;
 use super::attention_tiles::{Scores, TILE, products, raw};
 use super::pages::{Bytes, Field, Halves, Nibbles, prefetch_next};
-use super::simd::{BLOCK, Simd, apart};
+use super::simd::{BLOCK, LINE, Simd, apart};
 use super::weights::{Apart4, Float16, Float32, Row, Signed8, Unsigned2, Weight};
 use crate::delta::{ChannelBits, DeltaFormat, KeyFormat, Page, PageLayout, Reference};
 
@@ -114,9 +115,11 @@ impl<'a> PageScores<'a> {
                     let mut both = [[0.0; BLOCK]; 2];
                     Row::<Float16>::new(pairs, &[]).decode(simd, &mut both);
                     // Scales and minima take turns.
-                    let both = both.as_flattened();
-                    for c in 0..BLOCK {
-                        (scales[c], minima[c]) = (both[2 * c], both[2 * c + 1]);
+                    for (n, both) in both.iter().enumerate() {
+                        let apart = simd.evens_odds(both);
+                        let (of_scales, of_minima) = apart.split_at(BLOCK / 2);
+                        scales[n * BLOCK / 2..][..BLOCK / 2].copy_from_slice(of_scales);
+                        minima[n * BLOCK / 2..][..BLOCK / 2].copy_from_slice(of_minima);
                     }
                 }
                 start::<S, Float32>(simd, query, raw(minima), base);
@@ -138,7 +141,7 @@ impl<'a> PageScores<'a> {
                     simd.store(scaled, i, product);
                 }
                 if layout.keys == KeyFormat::Channel(ChannelBits::Four) {
-                    *scaled = apart::<S>(scaled);
+                    *scaled = apart(simd, scaled);
                 }
             }
         }
@@ -155,10 +158,21 @@ impl<'a> PageScores<'a> {
         out: &mut [Scores],
     ) {
         let Some(page) = self.page else { return };
-        if self.ask {
-            prefetch_next(simd, self.layout, self.pages, page, first..first + places.len());
-        }
         let bytes: &[u8] = bytemuck::cast_slice(&self.pages[page].words);
+        let next = self.pages.get(page + 1).filter(|_| self.ask);
+        let next: Option<&[u8]> = next.map(|next| bytemuck::cast_slice(&next.words));
+        // How far ahead the same levels of the next page are.
+        let ask = next.map(|next| next.as_ptr().addr().wrapping_sub(bytes.as_ptr().addr()));
+        match (next, self.layout.keys) {
+            (Some(_), KeyFormat::Delta(_)) => {
+                prefetch_next(simd, self.layout, self.pages, page, first..first + places.len());
+            }
+            // What comes before them.
+            (Some(next), _) if first == 0 => {
+                (0..4 * self.layout.levels()).step_by(LINE).for_each(|at| simd.prefetch(next, at));
+            }
+            _ => {}
+        }
         let row = 4 * self.layout.level_words();
         let at = 4 * self.layout.levels() + first * row;
         let levels = at..at + places.len() * row;
@@ -170,7 +184,7 @@ impl<'a> PageScores<'a> {
                 Row::<Float16>::new(halves, &[]).decode(simd, &mut scales);
                 for (query, out) in query.chunks_exact(self.tile()).zip(out) {
                     let levels = raw(&bytes[levels.clone()]);
-                    products::<S, Signed8>(simd, query, levels, out, places.clone(), false);
+                    products::<S, Signed8>(simd, query, levels, out, places.clone(), ask);
                     for out in out {
                         let scores = out[places.clone()].iter_mut().zip(&scales[0]);
                         scores.for_each(|(score, scale)| *score *= scale);
@@ -183,10 +197,10 @@ impl<'a> PageScores<'a> {
                     let (levels, at) = (&bytes[levels.clone()], places.clone());
                     match bits {
                         ChannelBits::Four => {
-                            products::<S, Apart4>(simd, query, raw(levels), out, at, false);
+                            products::<S, Apart4>(simd, query, raw(levels), out, at, ask);
                         }
                         ChannelBits::Two => {
-                            products::<S, Unsigned2>(simd, query, raw(levels), out, at, false);
+                            products::<S, Unsigned2>(simd, query, raw(levels), out, at, ask);
                         }
                     }
                     for (out, base) in out.iter_mut().zip(base) {
@@ -278,7 +292,7 @@ impl<'a> PageScores<'a> {
 fn start<S: Simd, W: Weight>(simd: S, query: &[Block], row: &[W::Raw], out: &mut [[f32; TILE]]) {
     for (query, out) in query.chunks_exact(TILE * row.len()).zip(out) {
         let mut scores: Scores = [[0.0; BLOCK]; TILE];
-        products::<S, W>(simd, query, row, &mut scores, 0..1, false);
+        products::<S, W>(simd, query, row, &mut scores, 0..1, None);
         *out = scores.map(|scores| scores[0]);
     }
 }

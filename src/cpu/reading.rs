@@ -8,7 +8,7 @@ const AHEAD: usize = 16 * 1024;
 
 /// How far ahead rows side by side are asked for, each: what a core reads of one of them in half a
 /// microsecond, and little beside the nearest cache even where four are read.
-const NEAR: usize = 2 * 1024;
+pub(super) const NEAR: usize = 2 * 1024;
 
 /// The order in which the rows of a strip are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

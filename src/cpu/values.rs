@@ -79,6 +79,15 @@ impl Quantised {
         (&self.heads[head][first / self.piece][at..][..count * self.row], self.row)
     }
 
+    /// Bytes from the value of one position to that of a later one, wherever that lies, if it is there.
+    pub(super) fn distance(&self, head: usize, from: usize, to: usize) -> Option<usize> {
+        let place = |n: usize| {
+            let piece = self.heads[head].get(n / self.piece)?;
+            Some(piece.as_ptr().addr() + n % self.piece * self.row)
+        };
+        Some(place(to)?.wrapping_sub(place(from)?))
+    }
+
     /// Multiplies `weights` `[queries]` of at most a block of values by the values' scales, and adds
     /// weights times minima to the last of each query's `sums` `[queries, blocks + 1]`: what is left
     /// is to multiply levels.
@@ -93,26 +102,45 @@ impl Quantised {
         sums: &mut [[f32; BLOCK]],
     ) {
         let int4 = self.format == ValueFormat::Int4;
-        let at = if int4 { self.head_dim.div_ceil(2) } else { self.head_dim };
-        let (mut scales, mut minima) = ([[0; 2]; BLOCK], [[0; 2]; BLOCK]);
         let rows = self.rows(head, first, count).0.chunks_exact(self.row);
-        for ((row, scale), minimum) in rows.zip(&mut scales).zip(&mut minima) {
-            *scale = [row[at], row[at + 1]];
-            if int4 {
-                *minimum = [row[at + 2], row[at + 3]];
+        let (mut scales, mut minima) = ([0.0; BLOCK], [0.0; BLOCK]);
+        if int4 {
+            // A row ends in both.
+            let mut pairs = [[0; 4]; BLOCK];
+            for (pair, row) in pairs.iter_mut().zip(rows) {
+                *pair = *row.last_chunk().unwrap_or(&[0; 4]);
+            }
+            let halves: &[[u8; 2 * BLOCK]; 2] = bytemuck::cast_ref(&pairs);
+            for (n, halves) in halves.iter().enumerate() {
+                let mut both = [0.0; BLOCK];
+                for i in 0..BLOCK / S::LANES {
+                    simd.store(&mut both, i, simd.load_f16(halves, i));
+                }
+                let apart = simd.evens_odds(&both);
+                let (of_scales, of_minima) = apart.split_at(BLOCK / 2);
+                scales[n * BLOCK / 2..][..BLOCK / 2].copy_from_slice(of_scales);
+                minima[n * BLOCK / 2..][..BLOCK / 2].copy_from_slice(of_minima);
+            }
+        } else {
+            let mut halves = [[0; 2]; BLOCK];
+            for (half, row) in halves.iter_mut().zip(rows) {
+                *half = *row.last_chunk().unwrap_or(&[0; 2]);
+            }
+            let halves: &[u8; 2 * BLOCK] = bytemuck::cast_ref(&halves);
+            for i in 0..BLOCK / S::LANES {
+                simd.store(&mut scales, i, simd.load_f16(halves, i));
             }
         }
-        let (scales, minima) = (bytemuck::cast_ref(&scales), bytemuck::cast_ref(&minima));
         let width = sums.len() / weights.len();
         for (weights, sums) in weights.iter_mut().zip(sums.chunks_exact_mut(width)) {
             let to_all = &mut sums[width - 1];
             for i in 0..BLOCK / S::LANES {
                 let weight = simd.load(weights, i);
                 if int4 {
-                    let minimum = simd.load_f16(minima, i);
+                    let minimum = simd.load(&minima, i);
                     simd.store(to_all, i, simd.fma(weight, minimum, simd.load(to_all, i)));
                 }
-                simd.store(weights, i, simd.mul(weight, simd.load_f16(scales, i)));
+                simd.store(weights, i, simd.mul(weight, simd.load(&scales, i)));
             }
         }
     }

@@ -438,4 +438,19 @@ impl Simd for Avx512 {
         // SAFETY: a hint, which may name any address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(pointer.cast()) }
     }
+
+    #[inline(always)]
+    fn evens_odds(self, x: &[f32; BLOCK]) -> [f32; BLOCK] {
+        let mut out = [0.0; BLOCK];
+        let (a, b) = (self.load(x, 0), self.load(x, 1));
+        for first in 0..2 {
+            let both = simd! {
+                let evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+                let places = _mm512_add_epi32(evens, _mm512_set1_epi32(first as i32));
+                _mm512_permutex2var_ps(a, places, b)
+            };
+            self.store(&mut out, first, both);
+        }
+        out
+    }
 }

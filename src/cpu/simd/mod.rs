@@ -234,6 +234,12 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
         let _ = (from, at);
     }
 
+    /// The elements in even places, then those in odd ones.
+    #[inline(always)]
+    fn evens_odds(self, x: &[f32; BLOCK]) -> [f32; BLOCK] {
+        std::array::from_fn(|i| x[2 * (i % (BLOCK / 2)) + i / (BLOCK / 2)])
+    }
+
     /// The sum over the lanes.
     #[inline(always)]
     fn sum(self, x: Self::Floats) -> f32 {
@@ -283,7 +289,10 @@ fn spread<S: Simd>(simd: S, mask: u32, field: impl Fn(usize) -> f32) -> S::Float
 
 /// Brings a block into the order of [`Simd::load_u4_apart`].
 #[inline(always)]
-pub(super) fn apart<S: Simd>(block: &[f32; BLOCK]) -> [f32; BLOCK] {
+pub(super) fn apart<S: Simd>(simd: S, block: &[f32; BLOCK]) -> [f32; BLOCK] {
+    if S::LANES == BLOCK / 2 {
+        return simd.evens_odds(block);
+    }
     let mut out = [0.0; BLOCK];
     for (out, pairs) in out.chunks_exact_mut(2 * S::LANES).zip(block.chunks_exact(2 * S::LANES)) {
         for n in 0..S::LANES {
