@@ -141,14 +141,21 @@ impl Tuning {
         let software = kind == DeviceKind::SoftwareGpu;
         let workgroup = if software { 8 } else { 64 };
         let cut = |format| Cut { workgroup, rows: least_rows(format) };
+        let tile_of =
+            |workgroup, rows, tokens| Tile { workgroup, rows, tokens, matrix_unit: false };
         let tile = |format| match format {
-            MatrixFormat::Ternary if software => Tile { workgroup: 64, rows: 2, tokens: 16 },
-            MatrixFormat::Ternary => Tile { workgroup: 256, rows: 1, tokens: 8 },
-            _ if software => Tile { workgroup: 64, rows: 8, tokens: 8 },
-            _ => Tile { workgroup: 256, rows: 4, tokens: 4 },
+            MatrixFormat::Ternary if software => tile_of(64, 2, 16),
+            MatrixFormat::Ternary => tile_of(256, 1, 8),
+            _ if software => tile_of(64, 8, 8),
+            _ => tile_of(256, 4, 4),
         };
         let packing = Packing::default();
         Self { cuts: Formats::each(cut), tiles: Formats::each(tile), packing }
+    }
+
+    /// Whether a matrix unit is to make any tile.
+    pub(super) fn wants_matrix_unit(&self) -> bool {
+        Self::FORMATS.into_iter().any(|format| self.tiles.of(format).matrix_unit)
     }
 
     /// The formats that there are.
@@ -213,7 +220,7 @@ impl Entry {
 impl Tunings {
     /// The tuning of a device, where there is one; what it leaves open is as by default.
     pub fn of(&self, device: &DeviceInfo) -> Option<Tuning> {
-        let entries = self.0.get(&key(device))?;
+        let entries = self.0.get(&tuned_key(device))?;
         let default = Tuning::default_of(device.kind);
         let tile = |format| entries.of(format).tile.unwrap_or(*default.tiles.of(format));
         let cut = |format| entries.of(format).cut();
@@ -228,7 +235,7 @@ impl Tunings {
             let packing = (format == MatrixFormat::Ternary).then_some(tuning.packing);
             Entry { workgroup, rows, tile: Some(*tuning.tiles.of(format)), packing }
         };
-        self.0.insert(key(device), Formats::each(entry));
+        self.0.insert(tuned_key(device), Formats::each(entry));
     }
 
     /// Reads what [`Tunings::write`] has written.
@@ -263,6 +270,16 @@ impl Tunings {
         let text = serde_json::to_string_pretty(self).unwrap_or_default() + "\n";
         write_whole(path.as_ref(), &text)
     }
+}
+
+/// Among [`DeviceInfo::features`]: a matrix unit is in use.
+pub(super) const MATRIX_UNIT: &str = "matrix unit";
+
+/// Whether a matrix unit is in use is for the tuning to say.
+fn tuned_key(device: &DeviceInfo) -> String {
+    let mut device = device.clone();
+    device.features.retain(|feature| feature != MATRIX_UNIT);
+    key(&device)
 }
 
 /// What is known of one device holds for no other.
@@ -372,7 +389,7 @@ mod tests {
             tuning.check().expect("the default");
             for tile in [(32, 4, 4), (512, 4, 4), (64, 1, 4), (64, 4, 2), (256, 8, 8)] {
                 let (workgroup, rows, tokens) = tile;
-                tuning.tiles.q8 = Tile { workgroup, rows, tokens };
+                tuning.tiles.q8 = Tile { workgroup, rows, tokens, matrix_unit: false };
                 assert!(matches!(tuning.check(), Err(Error::Parameter { name: "tuning", .. })));
             }
         }
