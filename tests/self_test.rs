@@ -69,19 +69,21 @@ fn broken_attention_is_named_before_a_session_begins() {
     }
 }
 
+/// What the model inside writes.
+fn text(gpu: GpuOptions) -> Vec<u32> {
+    let model = model(gpu).expect("it runs");
+    let mut session = Session::new(&model, &SessionOptions::default()).expect("a session");
+    let prompt = model.tokenizer().encode("Anna put the red ball").expect("tokens");
+    let options =
+        deltallm::GenerateOptions { max_tokens: 12, ..deltallm::GenerateOptions::default() };
+    let pieces = session.generate(&prompt, &options).expect("a generation");
+    pieces.filter_map(|piece| piece.expect("a piece").token).collect()
+}
+
 /// Where an ability is what the driver gets wrong, the kernel runs without it, and the text is that
 /// of a device which never had it.
 #[test]
 fn a_plainer_kernel_takes_over() {
-    let text = |gpu: GpuOptions| -> Vec<u32> {
-        let model = model(gpu).expect("it runs");
-        let mut session = Session::new(&model, &SessionOptions::default()).expect("a session");
-        let prompt = model.tokenizer().encode("Anna put the red ball").expect("tokens");
-        let options =
-            deltallm::GenerateOptions { max_tokens: 12, ..deltallm::GenerateOptions::default() };
-        let pieces = session.generate(&prompt, &options).expect("a generation");
-        pieces.filter_map(|piece| piece.expect("a piece").token).collect()
-    };
     let plain = text(GpuOptions { packed_dot: false, ..any() });
     for kernel in ["linear_ternary", "linear_ternary_tiled"] {
         assert_eq!(text(broken(&format!("{kernel}+packed_dot"))), plain, "{kernel}");
@@ -113,12 +115,14 @@ fn what_a_matrix_unit_gets_wrong_runs_without_it() {
             .collect::<Vec<_>>()
     };
     assert_eq!(wrong(&options), Vec::<String>::new());
+    let plain = text(GpuOptions { matrix_unit: false, ..options.clone() });
+    assert_eq!(text(options.clone()), plain);
     let broken = Sabotage(vec!["linear_ternary_tiled+matrix_unit".to_owned()]);
     let broken = GpuOptions { sabotage: broken, ..options };
     let found = wrong(&broken);
     let ternary = found.iter().all(|question| question.starts_with("linear_ternary: "));
     assert!(found.len() == 2 && ternary, "each packing is asked: {found:?}");
-    model(broken).expect("it runs without");
+    assert_eq!(text(broken), plain, "it runs without");
 }
 
 #[test]

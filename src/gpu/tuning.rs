@@ -306,6 +306,7 @@ mod tests {
         let mut tuning = Tuning::default_of(DeviceKind::IntegratedGpu);
         tuning.cuts.bf16.workgroup = 32;
         tuning.tiles.q4.tokens = 8;
+        tuning.tiles.f16.matrix_unit = true;
         tuning.packing = Packing::Five;
         let mut tunings = Tunings::default();
         tunings.insert(&device("1.0"), tuning);
@@ -313,6 +314,13 @@ mod tests {
         let read = Tunings::read(&path).expect("read");
         assert_eq!(read.of(&device("1.0")), Some(tuning));
         assert_eq!(read.of(&device("1.1")), None, "another driver is another device");
+        // Who has tuned it had it open with its matrix unit, and who asks has not yet.
+        let mut open = device("1.0");
+        open.features.push(MATRIX_UNIT.to_owned());
+        assert_eq!(read.of(&open), Some(tuning));
+        let mut again = Tunings::default();
+        again.insert(&open, tuning);
+        assert_eq!(again, read);
         for (text, what) in
             [("{", "EOF"), (r#"{"a GPU": {}}"#, "ternary"), (r#"{"a GPU": {"what": 1}}"#, "what")]
         {
@@ -321,6 +329,8 @@ mod tests {
             assert!(error.contains("tunings.json") && error.contains(what), "{error}");
         }
         let possible = serde_json::to_string(&tunings).expect("JSON");
+        // Of other tiles nothing is said: files of before say as much.
+        assert_eq!(possible.matches("matrix_unit").count(), 1, "{possible}");
         std::fs::write(&path, possible.replace(":32", ":33")).expect("written");
         let error = Tunings::read(&path).expect_err("33 invocations").to_string();
         assert!(error.contains("tunings.json") && error.contains("workgroup 33"), "{error}");
@@ -330,6 +340,8 @@ mod tests {
         for (from, to, what) in [
             ("\"five\"", "\"six\"", "six"),
             ("\"five\"", "5", "expected value"),
+            ("\"matrix_unit\":true", "\"matrix_unit\":1", "boolean"),
+            ("\"matrix_unit\":true", "\"matrix\":true", "matrix"),
             ("\"f16\":{", "\"f16\":{\"packing\":\"four\",", "f16: packing four"),
         ] {
             std::fs::write(&path, possible.replace(from, to)).expect("written");
