@@ -3,14 +3,34 @@
 # SwiftShader (Google) for Vulkan, and the machine's OpenGL by the feature `gl`. A Vulkan driver that is missing is fetched on Debian, else named as not run: then
 # the exit status is 3 where nothing failed.
 #
-#   tests/drivers.sh                 # all of them
+#   tests/drivers.sh                 # all of them but mesa
 #   tests/drivers.sh swiftshader     # one
+#   tests/drivers.sh mesa            # a Mesa of 2026, whose llvmpipe has a matrix unit: the tests of that
+#                                    # alone; needs root, debootstrap and 0.6 GB
 #
 # SWIFTSHADER=FILE names the vk_swiftshader_icd.json of an installation, such as Chromium's.
 set -eu
 cd "$(dirname "$0")/.."
 
 export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/tmp}"
+
+# A test within the folder of another system, where this one lies at the same place. What is mounted is
+# seen by this process alone, and gone with it.
+case "${1:-}" in
+    --within)
+        shift
+        exec unshare --mount "$0" --mounted "$@"
+        ;;
+    --mounted)
+        shift
+        root="$PWD/target/drivers/mesa"
+        mkdir -p "$root$PWD"
+        mount --bind "$PWD" "$root$PWD"
+        mount --bind /proc "$root/proc"
+        mount --bind /dev "$root/dev"
+        exec chroot "$root" sh -c 'cd "$0" && exec "$@"' "$PWD" "$@"
+        ;;
+esac
 
 as_root() {
     if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
@@ -49,6 +69,21 @@ swiftshader() {
     )
 }
 
+# Debian 14 has it, with a C library newer than ours: a whole system in a folder, of which nothing is
+# installed here.
+mesa() {
+    folder=target/drivers/mesa
+    if [ ! -e "$folder/whole" ]; then
+        [ "$(id -u)" -eq 0 ] && command -v debootstrap unshare >/dev/null || return 0
+        rm -rf "$folder"
+        mkdir -p "$folder"
+        debootstrap --variant=minbase --include=mesa-vulkan-drivers,libvulkan1 forky "$folder" \
+            http://deb.debian.org/debian /usr/share/debootstrap/scripts/sid >&2 || return 0
+        touch "$folder/whole"
+    fi
+    echo "/usr/share/vulkan/icd.d/lvp_icd.json"
+}
+
 failed=0
 missing=0
 tests="--test gpu_operations --test gpu --test gpu_cache --test self_test --test bisect"
@@ -61,9 +96,9 @@ for driver in ${*:-lavapipe swiftshader gl}; do
                 cargo test --no-fail-fast --features gl $tests || failed=1
             continue
             ;;
-        lavapipe | swiftshader) file="$("$driver")" ;;
+        lavapipe | swiftshader | mesa) file="$("$driver")" ;;
         *)
-            echo "no driver named $driver: lavapipe, swiftshader or gl" >&2
+            echo "no driver named $driver: lavapipe, swiftshader, gl or mesa" >&2
             exit 2
             ;;
     esac
@@ -79,6 +114,13 @@ for driver in ${*:-lavapipe swiftshader gl}; do
     echo "== $driver: $file" >&2
     # Older loaders know the second name only.
     export VK_DRIVER_FILES="$file" VK_ICD_FILENAMES="$file"
+    if [ "$driver" = mesa ]; then
+        host="$(rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)"
+        # The rest of the tests are as on any lavapipe.
+        env "CARGO_TARGET_${host}_RUNNER=$PWD/tests/drivers.sh --within" \
+            cargo test --no-fail-fast --test gpu_operations --test self_test --test tune matrix_unit || failed=1
+        continue
+    fi
     # shellcheck disable=SC2086
     cargo test --no-fail-fast $tests || failed=1
 done

@@ -5,8 +5,8 @@ mod gpu_common;
 
 use deltallm::backend::{Backend, DeviceKind};
 use deltallm::conformance;
-use deltallm::gpu::{Cut, Gpu, GpuOptions, Packing, Tile, Tuning, Tunings};
-use gpu_common::{any, open};
+use deltallm::gpu::{Cut, Gpu, GpuOptions, Packing, Select, Tile, Tuning};
+use gpu_common::{any, by_matrix_unit, open, tuned, wanting, with_matrix_unit};
 
 fn conforms(options: GpuOptions) {
     some_conform(options, "");
@@ -64,13 +64,6 @@ fn conforms_with_matrices_in_pieces() {
     conforms(GpuOptions { max_matrix_block: Some(16 << 10), ..any() });
 }
 
-/// These options with a device of theirs tuned like this.
-fn tuned(options: GpuOptions, tuning: Tuning) -> GpuOptions {
-    let mut tunings = Tunings::default();
-    tunings.insert(open(options.clone()).device(), tuning);
-    GpuOptions { tunings, ..options }
-}
-
 /// In one buffer and cut into pieces, of which some hold parts of two matrices.
 #[test]
 fn products_conform_with_five_weights_in_a_byte() {
@@ -96,7 +89,7 @@ fn products_conform_however_they_are_cut() {
         let cut = others.cuts.of_mut(format);
         *cut = Cut { workgroup: 32, rows: 2 * cut.rows };
         let tile = others.tiles.of_mut(format);
-        *tile = Tile { workgroup: 64, rows: 2 * tile.rows, tokens: 2 * tile.tokens };
+        *tile = Tile { workgroup: 64, rows: 2 * tile.rows, tokens: 2 * tile.tokens, ..*tile };
     }
     for tuning in [Tuning::default_of(DeviceKind::DiscreteGpu), others] {
         for (subgroups, packing) in [(true, Packing::Four), (false, Packing::Five)] {
@@ -120,4 +113,53 @@ fn products_conform_with_every_tile() {
         tuning.packing = Packing::ALL[at % 2];
         some_conform(tuned(any(), tuning), "linear");
     }
+}
+
+/// Whether a matrix unit makes any tile is for the tuning to say: every tile that it makes, the small of
+/// few tokens too, with both packings and weights in pieces, where an adapter has one.
+#[test]
+fn products_conform_by_a_matrix_unit() {
+    let Some(adapter) = with_matrix_unit() else { return };
+    let device = GpuOptions { select: Select::Named(adapter.name.clone()), ..any() };
+    let unit = adapter.matrix_unit.expect("chosen for it");
+    let all = Tuning::FORMATS.map(|format| Tile::all_by(unit, format).collect::<Vec<_>>());
+    assert!(!all[0].is_empty(), "{unit:?} makes no tile of ternary weights");
+    let most = all.iter().map(Vec::len).max().unwrap_or(0);
+    for at in 0..most {
+        let mut tuning = Tuning::default_of(adapter.kind);
+        for (format, tiles) in Tuning::FORMATS.into_iter().zip(&all) {
+            if !tiles.is_empty() {
+                *tuning.tiles.of_mut(format) = tiles[at % tiles.len()];
+            }
+        }
+        tuning.packing = Packing::ALL[at % 2];
+        let pieces = (at % 3 == 0).then_some(7 << 10);
+        let options = tuned(GpuOptions { max_matrix_block: pieces, ..device.clone() }, tuning);
+        let features = open(options.clone()).device().features.clone();
+        assert!(features.iter().any(|name| name == "matrix unit"), "{features:?}");
+        some_conform(options, "linear");
+    }
+}
+
+/// What is experimental is not asked for before a tuning wants it, nor where an option forbids it.
+#[test]
+fn a_matrix_unit_is_used_where_a_tuning_wants_it_alone() {
+    let uses = |options: GpuOptions| {
+        open(options).device().features.iter().any(|name| name == "matrix unit")
+    };
+    let Some(options) = by_matrix_unit() else { return };
+    assert!(uses(options.clone()));
+    assert!(!uses(GpuOptions { matrix_unit: false, ..options.clone() }));
+    assert!(!uses(GpuOptions { subgroups: false, ..options.clone() }));
+    assert!(!uses(GpuOptions { tunings: Default::default(), ..options.clone() }));
+    // Whatever a tuning says, the floor is the floor.
+    let floor = GpuOptions { floor_limits: true, f16: false, subgroups: false, ..options };
+    assert!(!uses(tuned(floor.clone(), wanting(&floor))));
+}
+
+/// A tuning may be of another time: without such a unit its tiles are made as any other.
+#[test]
+fn products_conform_where_there_is_no_matrix_unit_to_make_them() {
+    let options = GpuOptions { matrix_unit: false, ..any() };
+    some_conform(tuned(options.clone(), wanting(&options)), "linear");
 }

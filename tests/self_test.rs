@@ -5,7 +5,7 @@ mod gpu_common;
 use deltallm::backend::Backend;
 use deltallm::gpu::{Findings, Gpu, GpuOptions, Sabotage, diagnose};
 use deltallm::{DeviceChoice, Error, Model, ModelOptions, Session, SessionOptions};
-use gpu_common::{any, open};
+use gpu_common::{any, by_matrix_unit, open};
 use std::ops::ControlFlow;
 
 /// Kernels that every model on a GPU runs, and one of its operation's name in errors.
@@ -69,19 +69,21 @@ fn broken_attention_is_named_before_a_session_begins() {
     }
 }
 
+/// What the model inside writes.
+fn text(gpu: GpuOptions) -> Vec<u32> {
+    let model = model(gpu).expect("it runs");
+    let mut session = Session::new(&model, &SessionOptions::default()).expect("a session");
+    let prompt = model.tokenizer().encode("Anna put the red ball").expect("tokens");
+    let options =
+        deltallm::GenerateOptions { max_tokens: 12, ..deltallm::GenerateOptions::default() };
+    let pieces = session.generate(&prompt, &options).expect("a generation");
+    pieces.filter_map(|piece| piece.expect("a piece").token).collect()
+}
+
 /// Where an ability is what the driver gets wrong, the kernel runs without it, and the text is that
 /// of a device which never had it.
 #[test]
 fn a_plainer_kernel_takes_over() {
-    let text = |gpu: GpuOptions| -> Vec<u32> {
-        let model = model(gpu).expect("it runs");
-        let mut session = Session::new(&model, &SessionOptions::default()).expect("a session");
-        let prompt = model.tokenizer().encode("Anna put the red ball").expect("tokens");
-        let options =
-            deltallm::GenerateOptions { max_tokens: 12, ..deltallm::GenerateOptions::default() };
-        let pieces = session.generate(&prompt, &options).expect("a generation");
-        pieces.filter_map(|piece| piece.expect("a piece").token).collect()
-    };
     let plain = text(GpuOptions { packed_dot: false, ..any() });
     for kernel in ["linear_ternary", "linear_ternary_tiled"] {
         assert_eq!(text(broken(&format!("{kernel}+packed_dot"))), plain, "{kernel}");
@@ -94,6 +96,33 @@ fn a_plainer_kernel_takes_over() {
             assert_eq!(found.len(), plain.len(), "{kernel}");
         }
     }
+}
+
+/// A matrix unit is asked what any other kernel is, and left out where it is wrong.
+#[test]
+fn what_a_matrix_unit_gets_wrong_runs_without_it() {
+    let Some(options) = by_matrix_unit() else { return };
+    let wrong = |options: &GpuOptions| {
+        let diagnosis =
+            diagnose(options, &mut |_, _| ControlFlow::Continue(())).expect("a diagnosis");
+        assert!(diagnosis.variants[0].matrix_unit.is_some(), "{:?}", diagnosis.variants);
+        let answers = diagnosis.answers.iter();
+        let wrong = answers.filter(|a| a.verdicts.iter().flatten().any(|v| !v.is_right()));
+        // By the unit alone.
+        wrong
+            .inspect(|a| assert!(a.verdicts[1..].iter().flatten().all(|v| v.is_right()), "{a:?}"))
+            .map(|a| a.question.clone())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(wrong(&options), Vec::<String>::new());
+    let plain = text(GpuOptions { matrix_unit: false, ..options.clone() });
+    assert_eq!(text(options.clone()), plain);
+    let broken = Sabotage(vec!["linear_ternary_tiled+matrix_unit".to_owned()]);
+    let broken = GpuOptions { sabotage: broken, ..options };
+    let found = wrong(&broken);
+    let ternary = found.iter().all(|question| question.starts_with("linear_ternary: "));
+    assert!(found.len() == 2 && ternary, "each packing is asked: {found:?}");
+    assert_eq!(text(broken), plain, "it runs without");
 }
 
 #[test]

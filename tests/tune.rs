@@ -7,9 +7,10 @@ use std::ops::ControlFlow;
 use deltallm::Error;
 use deltallm::backend::{Backend as _, MatrixFormat};
 use deltallm::gpu::{
-    Cut, Fault, Faults, GpuOptions, Measurement, Packing, Sabotage, Tile, Tuning, Tunings, tune,
+    Cut, Fault, Faults, GpuOptions, Measurement, Packing, Sabotage, Select, Tile, Tuning, Tunings,
+    tune,
 };
-use gpu_common::{any, open};
+use gpu_common::{any, open, with_matrix_unit};
 
 #[test]
 fn what_loses_the_device_is_not_taken_and_the_rest_is_measured() {
@@ -78,10 +79,37 @@ fn the_packing_of_the_fastest_product_of_one_token_is_taken() {
         let expected = (format == MatrixFormat::Ternary).then_some(tuned.tuning.packing);
         assert_eq!(packing, expected);
     }
+    let plain = tuned.tiles.iter().filter(|tile| !tile.way.matrix_unit);
     assert_eq!(
-        tuned.tiles.len(),
+        plain.count(),
         formats.map(|format| Tile::all(format).count()).iter().sum::<usize>()
     );
+}
+
+/// What a matrix unit can make is measured with it and without, and what is faster is what is remembered:
+/// of a device that was opened with its unit, and is found again without.
+#[test]
+fn a_matrix_unit_is_measured_where_there_is_one() {
+    let Some(adapter) = with_matrix_unit() else { return };
+    let unit = adapter.matrix_unit.expect("chosen for it");
+    let options = GpuOptions { select: Select::Named(adapter.name), ..GpuOptions::default() };
+    let formats = [MatrixFormat::Ternary, MatrixFormat::F16];
+    let mut go_on = |_, _| ControlFlow::Continue(());
+    let tuned = tune(&options, &formats, &mut go_on).expect("a tuning");
+    for format in formats {
+        let of = tuned.tiles.iter().filter(|tile| tile.format == format);
+        let by_unit = of.clone().filter(|tile| tile.way.matrix_unit);
+        let expected = Tile::all_by(unit, format).count();
+        assert!(expected > 0 && by_unit.count() == expected, "{format:?}");
+        for tile in of.clone() {
+            assert!(tile.right, "{tile:?}");
+        }
+        let fastest = of.max_by(|a, b| a.speed.total_cmp(&b.speed)).expect("tiles");
+        assert_eq!(*tuned.tuning.tiles.of(format), fastest.way);
+    }
+    let mut tunings = Tunings::default();
+    tunings.insert(&tuned.device, tuned.tuning);
+    assert_eq!(tunings.of(open(options).device()), Some(tuned.tuning));
 }
 
 /// Whatever is not measured stays: a packing, too.

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use super::buffer::Buffer;
 use super::fault::{Event, Fault, Faults};
+use super::matrix_unit::MatrixUnit;
 use super::pipeline::Pipeline;
 use super::pipelines::Pipelines;
 use super::sabotage::Sabotage;
 use super::self_test::SelfTest;
 use super::shader::{Abilities, Kernel};
-use super::tuning::{Tuning, Tunings};
+use super::tuning::{MATRIX_UNIT, Tuning, Tunings};
 use crate::backend::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
 
@@ -56,6 +57,9 @@ pub struct GpuOptions {
     pub tunings: Tunings,
     /// Multiply packed 8-bit integers by `dot4I8Packed`.
     pub packed_dot: bool,
+    /// Use a matrix unit where the device has one and its tuning asks for it. wgpu calls what that takes
+    /// experimental: without such a tuning the device is opened without it.
+    pub matrix_unit: bool,
     /// Whether a model and a session first ask the device for answers that are known, and what
     /// becomes of a kernel that gives a wrong one: see [`Findings`](super::Findings).
     pub self_test: bool,
@@ -84,6 +88,7 @@ impl Default for GpuOptions {
             time_limit: TIME_LIMIT,
             tunings: Tunings::default(),
             packed_dot: true,
+            matrix_unit: true,
             self_test: true,
             findings: None,
             sabotage: Sabotage::default(),
@@ -107,6 +112,8 @@ pub struct Adapter {
     pub f16: bool,
     /// The smallest and largest subgroup, in invocations, where shaders can use them.
     pub subgroups: Option<(u32, u32)>,
+    /// The matrix unit, where it has one that is of use to [`tune`](super::tune).
+    pub matrix_unit: Option<MatrixUnit>,
     /// Bytes of the largest buffer.
     pub max_buffer: u64,
     /// Bytes of the largest storage binding: a larger matrix is cut by rows.
@@ -138,11 +145,54 @@ impl Adapter {
             driver,
             f16: features.contains(wgpu::Features::SHADER_F16),
             subgroups,
+            matrix_unit: MatrixUnit::of(&raw),
             max_buffer: limits.max_buffer_size,
             max_binding: limits.max_storage_buffer_binding_size,
             workgroup_memory: limits.max_compute_workgroup_storage_size,
             raw,
         }
+    }
+}
+
+impl Adapter {
+    /// A device with these features and limits, and with a matrix unit where there is one; without it
+    /// where the driver refuses.
+    fn request(
+        &self,
+        features: wgpu::Features,
+        limits: &wgpu::Limits,
+        unit: &mut Option<MatrixUnit>,
+    ) -> Result<(wgpu::Device, wgpu::Queue)> {
+        let mut descriptor = wgpu::DeviceDescriptor {
+            label: None,
+            required_features: features,
+            required_limits: limits.clone(),
+            experimental_features: wgpu::ExperimentalFeatures::disabled(),
+            memory_hints: wgpu::MemoryHints::Performance,
+            trace: wgpu::Trace::Off,
+        };
+        let request = |descriptor: &wgpu::DeviceDescriptor| {
+            pollster::block_on(self.raw.request_device(descriptor))
+        };
+        if unit.is_some() {
+            descriptor.required_features |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+            // SAFETY: what is experimental may have bugs. Of it we use matrices alone, which kernels
+            // load and store within workgroup memory, in control flow that is uniform in a subgroup;
+            // and no result is used that was not compared with the CPU's before.
+            descriptor.experimental_features = unsafe { wgpu::ExperimentalFeatures::enabled() };
+            match request(&descriptor) {
+                Ok(opened) => return Ok(opened),
+                Err(error) => log::warn!("{} without its matrix unit: {error}", self.name),
+            }
+            *unit = None;
+            descriptor.required_features = features;
+            descriptor.experimental_features = wgpu::ExperimentalFeatures::disabled();
+        }
+        request(&descriptor).map_err(|error| Error::Device {
+            device: self.name.clone(),
+            what: "opening the device".to_owned(),
+            message: error.to_string(),
+        })
     }
 }
 
@@ -236,8 +286,8 @@ pub(super) struct Device {
 }
 
 impl Device {
-    /// Chooses an adapter and opens it.
-    pub(super) fn open(options: &GpuOptions) -> Result<Self> {
+    /// Chooses an adapter and opens it; with its matrix unit `to_tune`, or where its tuning wants that.
+    pub(super) fn open(options: &GpuOptions, to_tune: bool) -> Result<Self> {
         let adapter = select(&options.select, &options.faults)?;
         let mut features = wgpu::Features::empty();
         let mut limits = wgpu::Limits::default();
@@ -253,19 +303,32 @@ impl Device {
             limits.max_storage_buffer_binding_size =
                 most.min(limits.max_storage_buffer_binding_size);
         }
-        let request = adapter.raw.request_device(&wgpu::DeviceDescriptor {
-            label: None,
-            required_features: features,
-            required_limits: limits.clone(),
-            experimental_features: wgpu::ExperimentalFeatures::disabled(),
-            memory_hints: wgpu::MemoryHints::Performance,
-            trace: wgpu::Trace::Off,
-        });
-        let (raw, queue) = pollster::block_on(request).map_err(|error| Error::Device {
-            device: adapter.name.clone(),
-            what: "opening the device".to_owned(),
-            message: error.to_string(),
-        })?;
+        let mut abilities = Abilities {
+            f16: features.contains(wgpu::Features::SHADER_F16),
+            subgroups: features.contains(wgpu::Features::SUBGROUP),
+            packed_dot: options.packed_dot,
+            matrix_unit: None,
+        };
+        let mut names = Vec::new();
+        names.extend(abilities.f16.then(|| "f16".to_owned()));
+        names.extend(abilities.subgroups.then(|| "subgroups".to_owned()));
+        let mut info = DeviceInfo {
+            name: adapter.name.clone(),
+            kind: adapter.kind,
+            backend: adapter.backend.clone(),
+            driver: adapter.driver.clone(),
+            features: names,
+        };
+        let tuning = options.tunings.of(&info);
+        let tuning = tuning.unwrap_or_else(|| Tuning::default_of(info.kind));
+        tuning.check()?;
+        if options.matrix_unit && abilities.subgroups && (to_tune || tuning.wants_matrix_unit()) {
+            let unit = adapter.matrix_unit;
+            abilities.matrix_unit =
+                if abilities.f16 { unit } else { unit.and_then(MatrixUnit::without_f16) };
+        }
+        let (raw, queue) = adapter.request(features, &limits, &mut abilities.matrix_unit)?;
+        info.features.extend(abilities.matrix_unit.map(|_| MATRIX_UNIT.to_owned()));
 
         let failure = Arc::new(Mutex::new(None));
         let slot = Arc::clone(&failure);
@@ -275,24 +338,6 @@ impl Device {
             keep(&slot, Failure::Other(error.to_string()));
         }));
 
-        let abilities = Abilities {
-            f16: features.contains(wgpu::Features::SHADER_F16),
-            subgroups: features.contains(wgpu::Features::SUBGROUP),
-            packed_dot: options.packed_dot,
-        };
-        let mut names = Vec::new();
-        names.extend(abilities.f16.then(|| "f16".to_owned()));
-        names.extend(abilities.subgroups.then(|| "subgroups".to_owned()));
-        let info = DeviceInfo {
-            name: adapter.name,
-            kind: adapter.kind,
-            backend: adapter.backend,
-            driver: adapter.driver,
-            features: names,
-        };
-        let tuning = options.tunings.of(&info);
-        let tuning = tuning.unwrap_or_else(|| Tuning::default_of(info.kind));
-        tuning.check()?;
         let self_test = SelfTest::new(options, &info, &tuning);
         let (compiler, sabotage) = (raw.clone(), options.sabotage.clone());
         let pipelines = Pipelines::new(abilities, self_test.plainer(), move |kernel, abilities| {

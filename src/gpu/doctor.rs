@@ -80,8 +80,11 @@ pub fn diagnose(
     let mut asked: Vec<(String, Vec<Kernel>, Vec<Option<Verdict>>)> =
         questions.iter().map(ask).collect();
     for (at, &variant) in variants.iter().enumerate() {
-        let Abilities { f16, subgroups, packed_dot } = variant;
-        let gpu = Gpu::open(&GpuOptions { f16, subgroups, packed_dot, ..options.clone() })?;
+        let Abilities { f16, subgroups, packed_dot, matrix_unit } = variant;
+        let matrix_unit = matrix_unit.is_some();
+        let variant_options =
+            GpuOptions { f16, subgroups, packed_dot, matrix_unit, ..options.clone() };
+        let gpu = Gpu::open(&variant_options)?;
         for (index, (question, (_, kernels, verdicts))) in
             questions.iter().zip(&mut asked).enumerate()
         {

@@ -47,6 +47,20 @@ pub(super) fn tiled_program(
     abilities: Abilities,
 ) -> Program {
     let (weights, f16) = weights(format, abilities);
+    if let Some(shares) = tile.shares(format, 1, abilities) {
+        return Program {
+            constants: shares.constants(tile, add),
+            parts: vec![
+                weights,
+                shares.unit(),
+                shares.activations(),
+                wgsl!("common/matrix_float.wgsl"),
+                wgsl!("linear_matrix.wgsl"),
+            ],
+            bindings: bindings(format),
+            f16: f16 || shares.half,
+        };
+    }
     let mut constants = tile.constants(format);
     constants.push(("ACCUMULATE", add.into()));
     Program {

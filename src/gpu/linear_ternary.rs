@@ -1,6 +1,7 @@
 //! `linear` for ternary weights and int8 activations, in exact integers.
 
 use super::linear::{FEW_TOKENS, Linear};
+use super::matrix_unit::MAX_TERNARY_COLS;
 use super::packing::Packing;
 use super::shader::{Abilities, Binding, Kernel, Program, dot, reduce, wgsl};
 use super::stream::Stream;
@@ -40,6 +41,14 @@ fn reduce_packed(packing: Packing) -> &'static str {
     }
 }
 
+/// The snippet of what is packed like this, weight by weight.
+fn digits(packing: Packing) -> &'static str {
+    match packing {
+        Packing::Four => wgsl!("common/ternary_four_digits.wgsl"),
+        Packing::Five => wgsl!("common/ternary_five_digits.wgsl"),
+    }
+}
+
 pub(super) fn program(packing: Packing, add: bool, cut: Cut, abilities: Abilities) -> Program {
     let Cut { workgroup, rows } = cut;
     Program {
@@ -63,6 +72,22 @@ pub(super) fn tiled_program(
     tile: Tile,
     abilities: Abilities,
 ) -> Program {
+    if let Some(shares) = tile.shares(MatrixFormat::Ternary, packing.fields(), abilities) {
+        return Program {
+            constants: shares.constants(tile, add),
+            parts: vec![
+                dot(abilities),
+                wgsl!("common/ternary.wgsl"),
+                packed(packing),
+                digits(packing),
+                shares.unit(),
+                wgsl!("common/matrix_ternary.wgsl"),
+                wgsl!("linear_matrix.wgsl"),
+            ],
+            bindings: bindings(),
+            f16: shares.half,
+        };
+    }
     let mut constants = tile.constants(MatrixFormat::Ternary);
     constants.push(("ACCUMULATE", add.into()));
     Program {
@@ -106,7 +131,9 @@ impl Stream {
                 (Kernel::LinearTernary { packing, add, cut }, [groups, x.rows, 1])
             } else {
                 let format = MatrixFormat::Ternary;
-                let tile = self.tuning.tiles.ternary.for_tokens(format, x.rows);
+                let mut tile = self.tuning.tiles.ternary.for_tokens(format, x.rows);
+                // A matrix unit adds in f32, and results are to be those of integers.
+                tile.matrix_unit &= weight.cols <= MAX_TERNARY_COLS;
                 let grid = tile.grid(format, block.rows, x.rows);
                 (Kernel::LinearTernaryTiled { packing, add, tile }, grid)
             };

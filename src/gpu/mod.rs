@@ -10,6 +10,7 @@
 //! | `shader`, `pipeline`, `pipelines` | the table of kernels, linking them, and compiling them ahead |
 //! | `tuning`, `tile`, `tune`, `trial` | how work is cut for a device, and finding that out |
 //! | `packing` | how ternary weights lie on a device |
+//! | `matrix_unit` | what multiplies small matrices at once, and how it shares out a tile |
 //! | `self_test`, `findings` | known answers before a device is trusted, and remembering them |
 //! | `doctor`, `sabotage` | all known answers in every variant; kernels broken on purpose |
 //! | `recorder`, `stream` | a session's operations, submitted once a step |
@@ -33,6 +34,7 @@ mod image;
 mod linear;
 mod linear_float;
 mod linear_ternary;
+mod matrix_unit;
 mod multiply_speed;
 mod norm;
 mod packing;
@@ -62,6 +64,7 @@ pub use doctor::{Answer, Diagnosis, Verdict, diagnose};
 pub use fault::{Fault, Faults};
 pub use findings::{Finding, Findings};
 pub use linear::Linear;
+pub use matrix_unit::MatrixUnit;
 pub use packing::Packing;
 pub use recorder::Counters;
 pub use sabotage::Sabotage;
@@ -98,7 +101,16 @@ impl Gpu {
     /// [`Error::NoAdapter`](crate::Error::NoAdapter) with what there is where none fits;
     /// [`Error::Device`](crate::Error::Device) where the driver refuses.
     pub fn open(options: &GpuOptions) -> Result<Self> {
-        let device = Arc::new(device::Device::open(options)?);
+        Self::open_with(options, false)
+    }
+
+    /// Opens an adapter with its matrix unit, where it has one, whatever its tuning wants.
+    fn open_to_tune(options: &GpuOptions) -> Result<Self> {
+        Self::open_with(options, true)
+    }
+
+    fn open_with(options: &GpuOptions, to_tune: bool) -> Result<Self> {
+        let device = Arc::new(device::Device::open(options, to_tune)?);
         Ok(Self { packing: device.tuning.packing, device })
     }
 

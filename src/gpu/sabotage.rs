@@ -5,7 +5,7 @@ use super::shader::{Abilities, Kernel};
 /// Kernels that give wrong results, as on a driver that miscompiles them.
 ///
 /// Each is the name of a kernel, that of its file under `shaders/`; or with one of the abilities
-/// `f16`, `subgroups` and `packed_dot` behind a plus sign, such as `norm+subgroups`: then only variants
+/// `f16`, `subgroups`, `packed_dot` and `matrix_unit` behind a plus sign, such as `norm+subgroups`: then only variants
 /// for devices with it are broken.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sabotage(pub Vec<String>);
@@ -23,6 +23,7 @@ impl Sabotage {
                     "f16" => abilities.f16,
                     "subgroups" => abilities.subgroups,
                     "packed_dot" => abilities.packed_dot,
+                    "matrix_unit" => abilities.matrix_unit.is_some(),
                     _ => false,
                 };
                 has && kernel.name() == name

@@ -220,6 +220,7 @@ fn lost(full: Abilities, plainer: Abilities) -> String {
         f16: full.f16 && !plainer.f16,
         subgroups: full.subgroups && !plainer.subgroups,
         packed_dot: full.packed_dot && !plainer.packed_dot,
+        matrix_unit: full.matrix_unit.filter(|_| plainer.matrix_unit.is_none()),
     };
     lost.names()
 }

@@ -4,6 +4,9 @@
 //! code, or differ in one thing only, that code stands in a snippet under `shaders/common/`; a
 //! variant is the same kernel file with another snippet that defines the same functions. Linking is
 //! concatenation: constants, snippets, kernel. WGSL does not mind the order.
+//!
+//! Products of many tokens are linked with another file, `shaders/linear_matrix.wgsl`, where a matrix
+//! unit makes the tile: from outside it is the same kernel.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -11,6 +14,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::cache::{PageKeys, PageKind, ValueStore};
+use super::matrix_unit::MatrixUnit;
 use super::packing::Packing;
 use super::tile::Tile;
 use super::tuning::Cut;
@@ -43,17 +47,23 @@ pub struct Abilities {
     /// Four products of 8 bits at once (`dot4I8Packed`). Every device has it; some compute it with
     /// other instructions.
     pub packed_dot: bool,
+    /// Tiles whose tuning wants it are made by a matrix unit; only with subgroups.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub matrix_unit: Option<MatrixUnit>,
 }
 
 impl Abilities {
-    /// Every choice of abilities from among these, the whole first and none of them last.
+    /// Every choice of abilities from among these, the whole first and none of them last; a matrix unit
+    /// is left out alone, and with whatever else is.
     pub fn plainer(self) -> impl Iterator<Item = Self> {
         let choice = move |without: u8| Self {
+            matrix_unit: None,
             subgroups: self.subgroups && without & 1 == 0,
             f16: self.f16 && without & 2 == 0,
             packed_dot: self.packed_dot && without & 4 == 0,
         };
-        let mut all: Vec<_> = [0, 1, 2, 4, 3, 5, 6, 7].map(choice).into();
+        let mut all = vec![self];
+        all.extend([0, 1, 2, 4, 3, 5, 6, 7].map(choice));
         // Where one is missing anyway, choices fall together.
         let mut seen = Vec::new();
         all.retain(|choice| {
@@ -71,13 +81,18 @@ impl Abilities {
             f16: self.f16 && other.f16,
             subgroups: self.subgroups && other.subgroups,
             packed_dot: self.packed_dot && other.packed_dot,
+            matrix_unit: self.matrix_unit.filter(|unit| other.matrix_unit == Some(*unit)),
         }
     }
 
     /// The abilities by name; "plain" where there is none.
     pub fn names(self) -> String {
-        let names =
-            [(self.f16, "f16"), (self.subgroups, "subgroups"), (self.packed_dot, "packed dot")];
+        let names = [
+            (self.f16, "f16"),
+            (self.subgroups, "subgroups"),
+            (self.packed_dot, "packed dot"),
+            (self.matrix_unit.is_some(), "matrix unit"),
+        ];
         let names: Vec<_> = names.into_iter().filter(|name| name.0).map(|name| name.1).collect();
         if names.is_empty() { "plain".to_owned() } else { names.join(" + ") }
     }
@@ -266,7 +281,7 @@ impl Kernel {
             all.push(Self::Embed { table: weights });
             for add in [false, true] {
                 all.extend(Cut::all(weights).map(|cut| Self::LinearFloat { weights, add, cut }));
-                let tiles = Tile::all(weights);
+                let tiles = tiles_of(weights);
                 all.extend(tiles.map(|tile| Self::LinearFloatTiled { weights, add, tile }));
             }
         }
@@ -274,7 +289,7 @@ impl Kernel {
             for add in [false, true] {
                 let cuts = Cut::all(MatrixFormat::Ternary);
                 all.extend(cuts.map(|cut| Self::LinearTernary { packing, add, cut }));
-                let tiles = Tile::all(MatrixFormat::Ternary);
+                let tiles = tiles_of(MatrixFormat::Ternary);
                 all.extend(tiles.map(|tile| Self::LinearTernaryTiled { packing, add, tile }));
             }
         }
@@ -326,6 +341,20 @@ impl Kernel {
     }
 }
 
+/// Every tile of a format, by a matrix unit and not.
+fn tiles_of(format: MatrixFormat) -> impl Iterator<Item = Tile> {
+    Tile::all(format).flat_map(|tile| [false, true].map(|matrix_unit| Tile { matrix_unit, ..tile }))
+}
+
+/// All abilities, with the matrix units that are known: of most GPUs, of Apple's, of llvmpipe.
+const EVERYTHING: [Abilities; 3] = {
+    const fn with(f16: Option<u32>, f32: Option<u32>, subgroup: u32) -> Abilities {
+        let matrix_unit = Some(MatrixUnit { f16, f32, subgroup });
+        Abilities { f16: true, subgroups: true, packed_dot: true, matrix_unit }
+    }
+    [with(Some(16), None, 32), with(Some(8), Some(8), 32), with(Some(8), None, 8)]
+};
+
 /// A kernel's parts.
 pub(super) struct Program {
     /// Generated `const NAME: u32` lines.
@@ -344,6 +373,9 @@ impl Program {
         let mut text = String::new();
         if self.f16 {
             text.push_str("enable f16;\n");
+        }
+        if self.parts.iter().any(|part| part.contains("coop_mat")) {
+            text.push_str("enable wgpu_cooperative_matrix;\n");
         }
         for (name, value) in &self.constants {
             // Writing to a string cannot fail.
@@ -538,10 +570,9 @@ pub struct ShaderSource {
 
 /// What all kernels are made of: their snippets, each once, and the constants of each.
 pub(super) fn source_parts() -> (BTreeSet<&'static str>, Vec<(&'static str, u32)>) {
-    let all = Abilities { f16: true, subgroups: true, packed_dot: true };
     let (mut parts, mut constants) = (BTreeSet::new(), Vec::new());
     for kernel in Kernel::all() {
-        for abilities in [all, Abilities::default()] {
+        for abilities in EVERYTHING.into_iter().chain([Abilities::default()]) {
             let program = kernel.program(abilities);
             parts.extend(program.parts);
             constants.extend(program.constants);
@@ -555,8 +586,7 @@ pub fn shader_sources() -> Vec<ShaderSource> {
     let mut sources: Vec<ShaderSource> = Vec::new();
     for kernel in Kernel::all() {
         let first = sources.len();
-        let all = Abilities { f16: true, subgroups: true, packed_dot: true };
-        for abilities in all.plainer() {
+        for abilities in EVERYTHING.into_iter().flat_map(Abilities::plainer) {
             let wgsl = kernel.program(abilities).wgsl();
             // Most kernels do not care for every ability.
             if sources[first..].iter().all(|source| source.wgsl != wgsl) {

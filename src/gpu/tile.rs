@@ -4,6 +4,9 @@ use std::fmt::{self, Display, Formatter};
 
 use serde::{Deserialize, Serialize};
 
+use super::matrix_unit::{MatrixUnit, Shares};
+use super::packing::Packing;
+use super::shader::Abilities;
 use crate::backend::MatrixFormat;
 use crate::error::{Error, Result};
 
@@ -18,10 +21,19 @@ pub struct Tile {
     pub rows: u32,
     /// Its tokens: 2, 4, 8 or 16 with ternary matrices, 4 or 8 with others.
     pub tokens: u32,
+    /// Whether the device's [matrix unit](super::MatrixUnit) makes the tile, where it has one that can: then
+    /// its subgroups keep the blocks. Without one the tile is made as any other.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub matrix_unit: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl Tile {
-    /// Every tile of a format that workgroup memory has room for.
+    /// Every tile of a format that workgroup memory has room for, none of them by a matrix unit.
     pub fn all(format: MatrixFormat) -> impl Iterator<Item = Self> {
         let (rows, tokens): (_, &[u32]) = match format {
             MatrixFormat::Ternary => ([1, 2], &[2, 4, 8, 16]),
@@ -29,18 +41,28 @@ impl Tile {
         };
         let blocks = rows.into_iter().flat_map(|rows| tokens.iter().map(move |&n| (rows, n)));
         let all = blocks.flat_map(|(rows, tokens)| {
-            [64, 128, 256].map(|workgroup| Self { workgroup, rows, tokens })
+            let matrix_unit = false;
+            [64, 128, 256].map(|workgroup| Self { workgroup, rows, tokens, matrix_unit })
         });
         all.filter(move |tile| tile.bytes(format) <= MAX_BYTES)
     }
 
+    /// Those of them that a matrix unit makes, by the unit.
+    pub fn all_by(unit: MatrixUnit, format: MatrixFormat) -> impl Iterator<Item = Self> {
+        // Ternary tiles of the packing that takes more room.
+        let fields = if format == MatrixFormat::Ternary { Packing::Five.fields() } else { 1 };
+        let made = move |tile: &Self| unit.shares(format, fields, *tile).is_some();
+        Self::all(format).filter(made).map(|tile| Self { matrix_unit: true, ..tile })
+    }
+
     /// # Errors
-    /// [`Error::Parameter`] where it is none of [`Tile::all`].
+    /// [`Error::Parameter`] where it is none of [`Tile::all`], by a matrix unit or not.
     pub(super) fn check(self, format: MatrixFormat) -> Result<()> {
-        if Self::all(format).any(|possible| possible == self) {
+        let plain = Self { matrix_unit: false, ..self };
+        if Self::all(format).any(|possible| possible == plain) {
             return Ok(());
         }
-        let Self { workgroup, rows, tokens } = self;
+        let Self { workgroup, rows, tokens, .. } = self;
         let all = Self::all(format).map(|tile| tile.to_string()).collect::<Vec<_>>();
         Err(Error::Parameter {
             name: "tuning",
@@ -54,9 +76,21 @@ impl Tile {
 
     /// What the tiled kernels are linked with.
     pub(super) fn constants(self, format: MatrixFormat) -> Vec<(&'static str, u32)> {
-        let Self { workgroup, rows, tokens } = self;
+        let Self { workgroup, rows, tokens, .. } = self;
         let row_lanes = self.row_lanes(format);
         vec![("WORKGROUP", workgroup), ("ROW_LANES", row_lanes), ("ROWS", rows), ("TOKENS", tokens)]
+    }
+
+    /// How a device with these abilities makes the tile by its matrix unit, where it is to and can; with
+    /// so many rows in a storage row.
+    pub(super) fn shares(
+        self,
+        format: MatrixFormat,
+        fields: usize,
+        abilities: Abilities,
+    ) -> Option<Shares> {
+        let unit = abilities.matrix_unit.filter(|_| self.matrix_unit)?;
+        unit.shares(format, fields, self)
     }
 
     /// The workgroups of a product.
@@ -89,7 +123,7 @@ impl Tile {
     }
 
     /// Storage rows and tokens of a tile.
-    fn size(self, format: MatrixFormat) -> [usize; 2] {
+    pub(super) fn size(self, format: MatrixFormat) -> [usize; 2] {
         let lanes = self.row_lanes(format);
         [(lanes * self.rows) as usize, (self.workgroup / lanes * self.tokens) as usize]
     }
@@ -102,10 +136,11 @@ impl Tile {
     }
 }
 
-/// `256x4x4`: invocations, rows, tokens.
+/// `256x4x4`: invocations, rows, tokens; `256x4x4m` by a matrix unit.
 impl Display for Tile {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "{}x{}x{}", self.workgroup, self.rows, self.tokens)
+        let by = if self.matrix_unit { "m" } else { "" };
+        write!(f, "{}x{}x{}{by}", self.workgroup, self.rows, self.tokens)
     }
 }
 

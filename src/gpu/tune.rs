@@ -8,6 +8,9 @@
 //! Ternary weights are packed once, for one token and for many: the packing is that of the fastest product
 //! of one token, whose bytes are of no account there, and tiles are looked for with this one.
 //!
+//! Where a device has a matrix unit, what it can make is measured with it and without: it is
+//! not used before it was found to be faster, and right.
+//!
 //! The ways take turns: a machine that grows hot, or does something else meanwhile, is slower for all
 //! of them. What else it does can only make a way slower, so the fastest round of each counts.
 
@@ -15,7 +18,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use super::trial::{Trials, Work, expected, same};
-use super::{Cut, Gpu, GpuOptions, Packing, Tile, Tuning};
+use super::{Cut, Gpu, GpuOptions, MatrixUnit, Packing, Tile, Tuning};
 use crate::backend::{DeviceInfo, MatrixFormat};
 use crate::error::{Error, Result};
 
@@ -58,7 +61,8 @@ pub struct Tuned {
     pub tokens: usize,
     /// All cuts, by format and packing; the default of the kind of device is the first of each.
     pub cuts: Vec<Measurement<Cut>>,
-    /// All tiles, by format, with the packing of `tuning`; likewise.
+    /// All tiles, by format, with the packing of `tuning`, and by the matrix unit where there is one;
+    /// likewise.
     pub tiles: Vec<Measurement<Tile>>,
 }
 
@@ -76,11 +80,11 @@ pub fn tune(
     formats: &[MatrixFormat],
     progress: Progress<'_>,
 ) -> Result<Tuned> {
-    let gpu = Gpu::open(options)?;
-    let kind = gpu.info().kind;
+    let gpu = Gpu::open_to_tune(options)?;
+    let (kind, unit) = (gpu.info().kind, gpu.device.abilities.matrix_unit);
     let formats: Vec<_> = Tuning::FORMATS.into_iter().filter(|of| formats.contains(of)).collect();
     let ways = |&format: &MatrixFormat| {
-        packings(format).len() * Cut::all(format).count() + Tile::all(format).count()
+        packings(format).len() * Cut::all(format).count() + tiles_of(unit, format).count()
     };
     let total = (1 + ROUNDS) * formats.iter().map(ways).sum::<usize>();
     let mut search = Search { options, tuning: gpu.device.tuning, gpu, progress, done: 0, total };
@@ -92,12 +96,17 @@ pub fn tune(
     }
     for &format in &formats {
         let work = Work::many_tokens(kind, format);
-        let (chosen, all) = ([search.tuning.packing], || Tile::all(format));
+        let (chosen, all) = ([search.tuning.packing], || tiles_of(unit, format));
         tiles.extend(search.best(&work, &chosen, all, |to| to.tiles.of_mut(format))?);
     }
     let tokens = Work::many_tokens(kind, MatrixFormat::Ternary).tokens;
     let Search { gpu, tuning, .. } = search;
     Ok(Tuned { device: gpu.info().clone(), tuning, tokens, cuts, tiles })
+}
+
+/// Every tile, and those that a matrix unit makes once more by it.
+fn tiles_of(unit: Option<MatrixUnit>, format: MatrixFormat) -> impl Iterator<Item = Tile> {
+    Tile::all(format).chain(unit.into_iter().flat_map(move |unit| Tile::all_by(unit, format)))
 }
 
 /// In which packings a product of one token is measured.
@@ -223,7 +232,7 @@ impl Search<'_> {
     ) -> Result<Trials> {
         log::warn!("{error}: not taken");
         (way.right, way.seconds) = (false, f64::INFINITY);
-        self.gpu = Gpu::open(self.options)?;
+        self.gpu = Gpu::open_to_tune(self.options)?;
         Trials::on(&self.gpu, work, packings)
     }
 

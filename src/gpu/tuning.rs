@@ -141,14 +141,21 @@ impl Tuning {
         let software = kind == DeviceKind::SoftwareGpu;
         let workgroup = if software { 8 } else { 64 };
         let cut = |format| Cut { workgroup, rows: least_rows(format) };
+        let tile_of =
+            |workgroup, rows, tokens| Tile { workgroup, rows, tokens, matrix_unit: false };
         let tile = |format| match format {
-            MatrixFormat::Ternary if software => Tile { workgroup: 64, rows: 2, tokens: 16 },
-            MatrixFormat::Ternary => Tile { workgroup: 256, rows: 1, tokens: 8 },
-            _ if software => Tile { workgroup: 64, rows: 8, tokens: 8 },
-            _ => Tile { workgroup: 256, rows: 4, tokens: 4 },
+            MatrixFormat::Ternary if software => tile_of(64, 2, 16),
+            MatrixFormat::Ternary => tile_of(256, 1, 8),
+            _ if software => tile_of(64, 8, 8),
+            _ => tile_of(256, 4, 4),
         };
         let packing = Packing::default();
         Self { cuts: Formats::each(cut), tiles: Formats::each(tile), packing }
+    }
+
+    /// Whether a matrix unit is to make any tile.
+    pub(super) fn wants_matrix_unit(&self) -> bool {
+        Self::FORMATS.into_iter().any(|format| self.tiles.of(format).matrix_unit)
     }
 
     /// The formats that there are.
@@ -213,7 +220,7 @@ impl Entry {
 impl Tunings {
     /// The tuning of a device, where there is one; what it leaves open is as by default.
     pub fn of(&self, device: &DeviceInfo) -> Option<Tuning> {
-        let entries = self.0.get(&key(device))?;
+        let entries = self.0.get(&tuned_key(device))?;
         let default = Tuning::default_of(device.kind);
         let tile = |format| entries.of(format).tile.unwrap_or(*default.tiles.of(format));
         let cut = |format| entries.of(format).cut();
@@ -228,7 +235,7 @@ impl Tunings {
             let packing = (format == MatrixFormat::Ternary).then_some(tuning.packing);
             Entry { workgroup, rows, tile: Some(*tuning.tiles.of(format)), packing }
         };
-        self.0.insert(key(device), Formats::each(entry));
+        self.0.insert(tuned_key(device), Formats::each(entry));
     }
 
     /// Reads what [`Tunings::write`] has written.
@@ -265,6 +272,16 @@ impl Tunings {
     }
 }
 
+/// Among [`DeviceInfo::features`]: a matrix unit is in use.
+pub(super) const MATRIX_UNIT: &str = "matrix unit";
+
+/// Whether a matrix unit is in use is for the tuning to say.
+fn tuned_key(device: &DeviceInfo) -> String {
+    let mut device = device.clone();
+    device.features.retain(|feature| feature != MATRIX_UNIT);
+    key(&device)
+}
+
 /// What is known of one device holds for no other.
 pub(super) fn key(device: &DeviceInfo) -> String {
     let DeviceInfo { name, backend, driver, features, .. } = device;
@@ -289,6 +306,7 @@ mod tests {
         let mut tuning = Tuning::default_of(DeviceKind::IntegratedGpu);
         tuning.cuts.bf16.workgroup = 32;
         tuning.tiles.q4.tokens = 8;
+        tuning.tiles.f16.matrix_unit = true;
         tuning.packing = Packing::Five;
         let mut tunings = Tunings::default();
         tunings.insert(&device("1.0"), tuning);
@@ -296,6 +314,13 @@ mod tests {
         let read = Tunings::read(&path).expect("read");
         assert_eq!(read.of(&device("1.0")), Some(tuning));
         assert_eq!(read.of(&device("1.1")), None, "another driver is another device");
+        // Who has tuned it had it open with its matrix unit, and who asks has not yet.
+        let mut open = device("1.0");
+        open.features.push(MATRIX_UNIT.to_owned());
+        assert_eq!(read.of(&open), Some(tuning));
+        let mut again = Tunings::default();
+        again.insert(&open, tuning);
+        assert_eq!(again, read);
         for (text, what) in
             [("{", "EOF"), (r#"{"a GPU": {}}"#, "ternary"), (r#"{"a GPU": {"what": 1}}"#, "what")]
         {
@@ -304,6 +329,8 @@ mod tests {
             assert!(error.contains("tunings.json") && error.contains(what), "{error}");
         }
         let possible = serde_json::to_string(&tunings).expect("JSON");
+        // Of other tiles nothing is said: files of before say as much.
+        assert_eq!(possible.matches("matrix_unit").count(), 1, "{possible}");
         std::fs::write(&path, possible.replace(":32", ":33")).expect("written");
         let error = Tunings::read(&path).expect_err("33 invocations").to_string();
         assert!(error.contains("tunings.json") && error.contains("workgroup 33"), "{error}");
@@ -313,6 +340,8 @@ mod tests {
         for (from, to, what) in [
             ("\"five\"", "\"six\"", "six"),
             ("\"five\"", "5", "expected value"),
+            ("\"matrix_unit\":true", "\"matrix_unit\":1", "boolean"),
+            ("\"matrix_unit\":true", "\"matrix\":true", "matrix"),
             ("\"f16\":{", "\"f16\":{\"packing\":\"four\",", "f16: packing four"),
         ] {
             std::fs::write(&path, possible.replace(from, to)).expect("written");
@@ -372,7 +401,7 @@ mod tests {
             tuning.check().expect("the default");
             for tile in [(32, 4, 4), (512, 4, 4), (64, 1, 4), (64, 4, 2), (256, 8, 8)] {
                 let (workgroup, rows, tokens) = tile;
-                tuning.tiles.q8 = Tile { workgroup, rows, tokens };
+                tuning.tiles.q8 = Tile { workgroup, rows, tokens, matrix_unit: false };
                 assert!(matches!(tuning.check(), Err(Error::Parameter { name: "tuning", .. })));
             }
         }

@@ -1,7 +1,10 @@
 //! What the GPU tests share.
 #![allow(dead_code, reason = "each test takes what it needs")]
 
-use deltallm::gpu::{Gpu, GpuOptions, Select};
+use std::io::Write;
+
+use deltallm::backend::Backend;
+use deltallm::gpu::{Adapter, Gpu, GpuOptions, Select, Tuning, Tunings, adapters};
 
 /// Options that take any adapter, hardware first.
 pub fn any() -> GpuOptions {
@@ -16,4 +19,42 @@ pub fn open(options: GpuOptions) -> Gpu {
              `apt-get install mesa-vulkan-drivers`, elsewhere Mesa's lavapipe or SwiftShader."
         )
     })
+}
+
+/// These options with a device of theirs tuned like this.
+pub fn tuned(options: GpuOptions, tuning: Tuning) -> GpuOptions {
+    let mut tunings = Tunings::default();
+    tunings.insert(open(options.clone()).device(), tuning);
+    GpuOptions { tunings, ..options }
+}
+
+/// An adapter with a matrix unit; says so where there is none.
+pub fn with_matrix_unit() -> Option<Adapter> {
+    let found = adapters().into_iter().find(|adapter| adapter.matrix_unit.is_some());
+    if found.is_none() {
+        // Not by `eprintln!`, of which a test that passes shows nothing.
+        let _ = writeln!(
+            std::io::stderr(),
+            "{}: NOT RUN: no adapter here has a matrix unit; `tests/drivers.sh mesa` brings one",
+            std::thread::current().name().unwrap_or("a test")
+        );
+    }
+    found
+}
+
+/// The default of a device, but that a matrix unit is to make every tile.
+pub fn wanting(options: &GpuOptions) -> Tuning {
+    let mut tuning = Tuning::default_of(open(options.clone()).device().kind);
+    for format in Tuning::FORMATS {
+        tuning.tiles.of_mut(format).matrix_unit = true;
+    }
+    tuning
+}
+
+/// Options of an adapter with a matrix unit, tuned so that it makes every tile that it can.
+pub fn by_matrix_unit() -> Option<GpuOptions> {
+    let adapter = with_matrix_unit()?;
+    let options = GpuOptions { select: Select::Named(adapter.name), ..GpuOptions::default() };
+    let tuning = wanting(&options);
+    Some(tuned(options, tuning))
 }

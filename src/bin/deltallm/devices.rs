@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use deltallm::backend::{Backend, DeviceKind};
 use deltallm::cpu::{Cpu, Kernels};
-use deltallm::gpu::{Adapter, Gpu, GpuOptions, Select, adapters};
+use deltallm::gpu::{Adapter, Gpu, GpuOptions, MatrixUnit, Select, adapters};
 
 use crate::output::{Outcome, bytes};
 
@@ -46,10 +46,19 @@ pub fn describe(out: &mut impl Write, adapter: &Adapter) -> io::Result<()> {
         Some((least, most)) => format!("yes, of {least} to {most}"),
         None => "no".to_owned(),
     };
+    let matrix_unit = match adapter.matrix_unit {
+        Some(MatrixUnit { f16, f32, .. }) => {
+            let of = |size: Option<u32>, what| size.map(|size| format!("{size}x{size} of {what}"));
+            let kinds: Vec<_> = [of(f16, "f16"), of(f32, "f32")].into_iter().flatten().collect();
+            format!("yes, {}", kinds.join(" and "))
+        }
+        None => "no".to_owned(),
+    };
     writeln!(out, "{} ({}, {})", adapter.name, adapter.kind.name(), adapter.backend)?;
     writeln!(out, "  driver            {}", adapter.driver)?;
     writeln!(out, "  f16               {}", if adapter.f16 { "yes" } else { "no" })?;
     writeln!(out, "  subgroups         {subgroups}")?;
+    writeln!(out, "  matrix unit       {matrix_unit}")?;
     writeln!(out, "  largest buffer    {}", bytes(adapter.max_buffer))?;
     writeln!(out, "  largest binding   {}", bytes(adapter.max_binding))?;
     writeln!(out, "  workgroup memory  {}", bytes(adapter.workgroup_memory.into()))

@@ -117,10 +117,14 @@ fn report(out: &mut impl Write, tuned: &Tuned) -> io::Result<()> {
     writeln!(out, "\nproducts of one token, GB/s of weights; workgroup x rows\n")?;
     table(out, cuts, |m| m.bytes)?;
     packings(out, cuts, tuning.packing)?;
+    let by = match tiles.iter().any(|m| m.way.matrix_unit) {
+        true => "; m: by its matrix unit",
+        false => "",
+    };
     writeln!(
         out,
         "\nproducts of {tokens} tokens, billions of multiplications a second; \
-         workgroup x rows x tokens of an invocation\n"
+         workgroup x rows x tokens of an invocation{by}\n"
     )?;
     table(out, tiles, |m| m.speed)
 }
