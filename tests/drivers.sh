@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs the tests of the GPU backend on several drivers, one after the other: lavapipe (Mesa) and
-# SwiftShader (Google) for Vulkan, and the machine's OpenGL by the feature `gl`. A Vulkan driver that is missing is fetched on Debian, else named as not run: then
-# the exit status is 3 where nothing failed.
+# SwiftShader (Google) for Vulkan, and the machine's OpenGL by the feature `gl`. A Vulkan driver that is
+# missing is fetched on Debian, else named as not run: then the exit status is 3 where nothing failed.
 #
 #   tests/drivers.sh                 # all of them but mesa
 #   tests/drivers.sh swiftshader     # one
@@ -118,7 +118,8 @@ for driver in ${*:-lavapipe swiftshader gl}; do
         host="$(rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)"
         # The rest of the tests are as on any lavapipe.
         env "CARGO_TARGET_${host}_RUNNER=$PWD/tests/drivers.sh --within" \
-            cargo test --no-fail-fast --test gpu_operations --test self_test --test tune matrix_unit || failed=1
+            cargo test --no-fail-fast --test gpu_operations --test self_test --test tune \
+            matrix_unit -- --include-ignored || failed=1
         continue
     fi
     # shellcheck disable=SC2086

@@ -44,4 +44,12 @@ if [ "$(uname -s)" = Linux ]; then
         cargo run --quiet -- devices --check
     fi
 fi
-exec cargo test --no-fail-fast "$@"
+
+failed=0
+cargo test --no-fail-fast "$@" || failed=$?
+# Ignored by default, since few GPUs have one.
+if cargo run --quiet -- devices | grep -q "matrix unit  *yes"; then
+    cargo test --no-fail-fast --test gpu_operations --test self_test --test tune \
+        matrix_unit -- --ignored || failed=$?
+fi
+exit "$failed"
