@@ -19,9 +19,11 @@ export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/tmp}"
 case "${1:-}" in
     --within)
         shift
-        exec unshare --mount "$0" --mounted "$@"
+        WITHIN=yes exec unshare --mount "$0" --mounted "$@"
         ;;
     --mounted)
+        # By hand it would mount for all.
+        [ "${WITHIN:-}" = yes ] || exit 2
         shift
         root="$PWD/target/drivers/mesa"
         mkdir -p "$root$PWD"
@@ -74,8 +76,9 @@ swiftshader() {
 mesa() {
     folder=target/drivers/mesa
     if [ ! -e "$folder/whole" ]; then
-        [ "$(id -u)" -eq 0 ] && command -v debootstrap unshare >/dev/null || return 0
-        rm -rf "$folder"
+        [ "$(id -u)" -eq 0 ] && command -v debootstrap >/dev/null && command -v unshare >/dev/null ||
+            return 0
+        rm -rf --one-file-system "$folder"
         mkdir -p "$folder"
         debootstrap --variant=minbase --include=mesa-vulkan-drivers,libvulkan1 forky "$folder" \
             http://deb.debian.org/debian /usr/share/debootstrap/scripts/sid >&2 || return 0

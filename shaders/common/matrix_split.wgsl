@@ -4,11 +4,12 @@
 // f16. So a sum of n is within n + 4 roundings, which sums of f32 are given, too.
 //
 // f16 ends at 2^16. So the activations of a token are multiplied with a power of two that brings the
-// largest of them to 2^14 or above. What is below 2^-28 of it has the second part alone, so 11 bits, and
-// below 2^-39, where f16 has no normal numbers, a device may take it for zero.
+// largest of them to 2^14 or above. What is below 2^-28 of it has the second part alone, so 11 bits. A device
+// that takes what is no normal f16 for zero loses bits of second parts from 2^-17 of it on.
 
 const PARTS = 2u;
 const LOW = 2048.0;
+const HIGH = 0x1p-11f;
 // The smallest normal f16.
 const NORMAL = 0x1p-14f;
 // Invocations side by side that look for the largest activation of a token.
@@ -36,7 +37,7 @@ fn begin(first_token: u32, lane: u32) {
 }
 
 // The biased exponent of the power of two for a token. At most 253, so that its inverse is a normal
-// number, too. Infinities and NaN stay what they are.
+// number, too. What is made of an infinity or NaN is not finite.
 fn exponent_for(token: u32) -> u32 {
     return min(127u + 14u + 127u - (atomicLoad(&largest[token]) >> 23u), 253u);
 }
@@ -55,6 +56,6 @@ fn put_x(token: u32, to: u32, a: vec4<f32>) {
 }
 
 fn result(token: u32, at: u32) -> f32 {
-    let sum = results[at] + results[PATCHES * BLOCK + at] / LOW;
+    let sum = results[at] + results[PATCHES * BLOCK + at] * HIGH;
     return sum * bitcast<f32>((254u - exponent_for(token)) << 23u);
 }

@@ -4,7 +4,7 @@
 //! variant; every one of them is asked once, on inputs that are small and awkward.
 
 use super::caches::{angles, decoding, prompt_then_decode, quarter_turns, shape};
-use super::linear::{FLOATS, FloatFormat, embed_of, float_of, scaled_stack, ternary_of};
+use super::linear::{FLOATS, FloatFormat, embed_of, float_of, packed_matrix, ternary_of};
 use super::sample::answers as sampled;
 use super::{Check, Inputs, attention, compressed, rows};
 use crate::backend::{Backend, MatrixFormat, ModelPlan, TensorFormat};
@@ -140,19 +140,21 @@ fn float(format: MatrixFormat) -> Option<FloatFormat> {
     FLOATS.into_iter().find(|float| float.0 == format.name())
 }
 
-/// Products of one token, of a few and of many, each with and without a sum: as few and as many as are
-/// multiplied in the smallest and in the largest tiles of any device.
+/// Products of one token, of a few and of many, each with and without a sum: with more rows and tokens than
+/// the largest tile of any device has, so that all parts of a tile are seen.
 fn product<B: Backend>(format: MatrixFormat) -> Question<B> {
     let name = format!("{} weights", format.name());
     match float(format) {
         Some(format) => Question::new("linear_float", name, move |backend: &B| {
-            let stack: (&[usize], usize) = (&[33, 6], 100);
-            float_of(backend, &mut Inputs::new(107), format, stack, &[1, 2, 17, 18])
+            let stack: (&[usize], usize) = (&[129, 6], 100);
+            float_of(backend, &mut Inputs::new(107), format, stack, &[1, 2, 17, 130])
         }),
         None => Question::new("linear_ternary", name, move |backend: &B| {
             let mut inputs = Inputs::new(108);
-            let stack = scaled_stack(&mut inputs);
-            ternary_of(backend, &mut inputs, &stack, &[1, 2, 5, 6, 65, 66])
+            let heights = [(340, 0.37), (16, 1.9e-3), (20, 2.3)];
+            let stack = heights.map(|(h, scale)| packed_matrix(&mut inputs, h, 96, scale)).to_vec();
+            let stack = ("packed with scales [340, 16, 20] x 96".to_owned(), stack);
+            ternary_of(backend, &mut inputs, &stack, &[1, 2, 5, 6, 65, 130])
         }),
     }
 }

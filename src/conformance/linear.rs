@@ -50,7 +50,12 @@ pub(super) fn float_matrix(
 }
 
 /// A packed ternary matrix: bytes of four random trits, fields of missing rows hold 1.
-fn packed_matrix(inputs: &mut Inputs, rows: usize, cols: usize, scale: f32) -> MatrixSource {
+pub(super) fn packed_matrix(
+    inputs: &mut Inputs,
+    rows: usize,
+    cols: usize,
+    scale: f32,
+) -> MatrixSource {
     packed(rows, cols, scale, || inputs.below(3) as u8)
 }
 
@@ -355,7 +360,7 @@ pub(super) fn linear_ternary<B: Backend>(backend: &B) -> Result<Vec<Check>> {
 }
 
 /// Three ternary matrices of different scales, and what they are.
-pub(super) fn scaled_stack(inputs: &mut Inputs) -> (String, Vec<MatrixSource>) {
+fn scaled_stack(inputs: &mut Inputs) -> (String, Vec<MatrixSource>) {
     let stack = [(64, 0.37), (16, 1.9e-3), (20, 2.3)];
     let stack = stack.map(|(h, scale)| packed_matrix(inputs, h, 192, scale)).to_vec();
     ("packed with scales [64, 16, 20] x 192".into(), stack)

@@ -24,7 +24,7 @@ use std::ops::Range;
 use super::attention::Block;
 use super::attention_tiles::{Scores, TILE, products, raw};
 use super::pages::{Bytes, Field, Halves, Nibbles, prefetch_next};
-use super::simd::{BLOCK, LINE, Simd, apart};
+use super::simd::{BLOCK, LINE, Simd, apart, pairs_apart};
 use super::weights::{Apart4, Float16, Float32, Row, Signed8, Unsigned2, Weight};
 use crate::delta::{ChannelBits, DeltaFormat, KeyFormat, Page, PageLayout, Reference};
 
@@ -115,12 +115,7 @@ impl<'a> PageScores<'a> {
                     let mut both = [[0.0; BLOCK]; 2];
                     Row::<Float16>::new(pairs, &[]).decode(simd, &mut both);
                     // Scales and minima take turns.
-                    for (n, both) in both.iter().enumerate() {
-                        let apart = simd.evens_odds(both);
-                        let (of_scales, of_minima) = apart.split_at(BLOCK / 2);
-                        scales[n * BLOCK / 2..][..BLOCK / 2].copy_from_slice(of_scales);
-                        minima[n * BLOCK / 2..][..BLOCK / 2].copy_from_slice(of_minima);
-                    }
+                    [*scales, *minima] = pairs_apart(simd, &both);
                 }
                 start::<S, Float32>(simd, query, raw(minima), base);
             }

@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::rows::{Blocks, Source, copy};
-use super::simd::{BLOCK, Kernel, Simd};
+use super::simd::{BLOCK, Kernel, Simd, pairs_apart};
 use super::weights::{Row, Signed8, Unsigned4};
 use crate::backend::CacheShape;
 use crate::delta::ValueFormat;
@@ -111,16 +111,13 @@ impl Quantised {
                 *pair = *row.last_chunk().unwrap_or(&[0; 4]);
             }
             let halves: &[[u8; 2 * BLOCK]; 2] = bytemuck::cast_ref(&pairs);
-            for (n, halves) in halves.iter().enumerate() {
-                let mut both = [0.0; BLOCK];
+            let mut both = [[0.0; BLOCK]; 2];
+            for (both, halves) in both.iter_mut().zip(halves) {
                 for i in 0..BLOCK / S::LANES {
-                    simd.store(&mut both, i, simd.load_f16(halves, i));
+                    simd.store(both, i, simd.load_f16(halves, i));
                 }
-                let apart = simd.evens_odds(&both);
-                let (of_scales, of_minima) = apart.split_at(BLOCK / 2);
-                scales[n * BLOCK / 2..][..BLOCK / 2].copy_from_slice(of_scales);
-                minima[n * BLOCK / 2..][..BLOCK / 2].copy_from_slice(of_minima);
             }
+            [scales, minima] = pairs_apart(simd, &both);
         } else {
             let mut halves = [[0; 2]; BLOCK];
             for (half, row) in halves.iter_mut().zip(rows) {

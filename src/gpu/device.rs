@@ -152,9 +152,7 @@ impl Adapter {
             raw,
         }
     }
-}
 
-impl Adapter {
     /// A device with these features and limits, and with a matrix unit where there is one; without it
     /// where the driver refuses.
     fn request(
@@ -177,8 +175,10 @@ impl Adapter {
         if unit.is_some() {
             descriptor.required_features |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
             // SAFETY: what is experimental may have bugs. Of it we use matrices alone, which kernels
-            // load and store within workgroup memory, in control flow that is uniform in a subgroup;
-            // and no result is used that was not compared with the CPU's before.
+            // load and store within workgroup memory, in control flow that is uniform in a subgroup. A
+            // bug that is known makes wrong numbers at worst: barriers say nothing of memory where naga
+            // declares Vulkan's memory model (gfx-rs/wgpu#8805). That is what `tune` and the self-test are
+            // there for.
             descriptor.experimental_features = unsafe { wgpu::ExperimentalFeatures::enabled() };
             match request(&descriptor) {
                 Ok(opened) => return Ok(opened),

@@ -19,7 +19,7 @@ pub struct MatrixUnit {
     pub f16: Option<u32>,
     /// Those of f32: 8.
     pub f32: Option<u32>,
-    /// Invocations of the largest subgroup: each subgroup has matrices of its own.
+    /// Invocations of the largest subgroup that runs kernels: each subgroup has matrices of its own.
     pub subgroup: u32,
 }
 
@@ -54,7 +54,11 @@ impl MatrixUnit {
         let unit = Self {
             f16: [16, 8].into_iter().find(|&size| half && has(size, F16)),
             f32: Some(8).filter(|&size| has(size, F32)),
-            subgroup: adapter.get_info().subgroup_max_size,
+            // Where wgpu does not know it, it says 64 of Metal; what has matrices there has 32.
+            subgroup: match adapter.get_info().backend {
+                wgpu::Backend::Metal => 32,
+                _ => adapter.get_info().subgroup_max_size,
+            },
         };
         (unit.f16.or(unit.f32).is_some()).then_some(unit)
     }

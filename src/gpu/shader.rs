@@ -281,7 +281,7 @@ impl Kernel {
             all.push(Self::Embed { table: weights });
             for add in [false, true] {
                 all.extend(Cut::all(weights).map(|cut| Self::LinearFloat { weights, add, cut }));
-                let tiles = tiles_of(weights);
+                let tiles = tiles_both_ways(weights);
                 all.extend(tiles.map(|tile| Self::LinearFloatTiled { weights, add, tile }));
             }
         }
@@ -289,7 +289,7 @@ impl Kernel {
             for add in [false, true] {
                 let cuts = Cut::all(MatrixFormat::Ternary);
                 all.extend(cuts.map(|cut| Self::LinearTernary { packing, add, cut }));
-                let tiles = tiles_of(MatrixFormat::Ternary);
+                let tiles = tiles_both_ways(MatrixFormat::Ternary);
                 all.extend(tiles.map(|tile| Self::LinearTernaryTiled { packing, add, tile }));
             }
         }
@@ -342,17 +342,23 @@ impl Kernel {
 }
 
 /// Every tile of a format, by a matrix unit and not.
-fn tiles_of(format: MatrixFormat) -> impl Iterator<Item = Tile> {
+fn tiles_both_ways(format: MatrixFormat) -> impl Iterator<Item = Tile> {
     Tile::all(format).flat_map(|tile| [false, true].map(|matrix_unit| Tile { matrix_unit, ..tile }))
 }
 
-/// All abilities, with the matrix units that are known: of most GPUs, of Apple's, of llvmpipe.
-const EVERYTHING: [Abilities; 3] = {
+/// All abilities, with the matrix units that are known: of NVIDIA's and Intel's GPUs, of AMD's, of Apple's,
+/// of llvmpipe.
+const EVERYTHING: [Abilities; 4] = {
     const fn with(f16: Option<u32>, f32: Option<u32>, subgroup: u32) -> Abilities {
         let matrix_unit = Some(MatrixUnit { f16, f32, subgroup });
         Abilities { f16: true, subgroups: true, packed_dot: true, matrix_unit }
     }
-    [with(Some(16), None, 32), with(Some(8), Some(8), 32), with(Some(8), None, 8)]
+    [
+        with(Some(16), None, 32),
+        with(Some(16), None, 64),
+        with(Some(8), Some(8), 32),
+        with(Some(8), None, 8),
+    ]
 };
 
 /// A kernel's parts.

@@ -103,7 +103,10 @@ impl Tile {
     /// fewer, where that is worth a kernel. Of floats it is not: an invocation takes eight at most.
     pub(super) fn of_fewer_tokens(self, format: MatrixFormat) -> Self {
         match (format, self.size(format)[1]) {
-            (MatrixFormat::Ternary, 16..) => Self { tokens: (self.tokens / 4).max(2), ..self },
+            (MatrixFormat::Ternary, 16..) => {
+                // By a matrix unit only what was measured so.
+                Self { tokens: (self.tokens / 4).max(2), matrix_unit: false, ..self }
+            }
             _ => self,
         }
     }

@@ -103,8 +103,9 @@ impl<B: Backend> Trial<B> {
             backend.write_int8(&mut x, &values, &vec![1.0; tokens])?;
             x
         } else {
+            // With all bits of a float: a kernel may take them apart.
             let mut x = backend.tensor(tokens, cols, TensorFormat::F32)?;
-            let values: Vec<f32> = (0..tokens * cols).map(|i| level(i) as f32 / 128.0).collect();
+            let values: Vec<f32> = (0..tokens * cols).map(|i| level(i) as f32 / 129.0).collect();
             backend.write(&mut x, &values)?;
             x
         };

@@ -232,7 +232,16 @@ impl Search<'_> {
     ) -> Result<Trials> {
         log::warn!("{error}: not taken");
         (way.right, way.seconds) = (false, f64::INFINITY);
+        let unit = self.gpu.device.abilities.matrix_unit;
         self.gpu = Gpu::open_to_tune(self.options)?;
+        if self.gpu.device.abilities.matrix_unit != unit {
+            // What is left to measure would be taken for what it is not.
+            return Err(Error::Device {
+                device: self.gpu.info().name.clone(),
+                what: "opening the device again".to_owned(),
+                message: "its matrix unit is gone".to_owned(),
+            });
+        }
         Trials::on(&self.gpu, work, packings)
     }
 

@@ -314,6 +314,19 @@ pub(super) fn together<S: Simd>(block: &[f32; BLOCK]) -> [f32; BLOCK] {
     out
 }
 
+/// The elements in even places of two blocks, and those in odd ones.
+#[inline(always)]
+pub(super) fn pairs_apart<S: Simd>(simd: S, both: &[[f32; BLOCK]; 2]) -> [[f32; BLOCK]; 2] {
+    let mut apart = [[0.0; BLOCK]; 2];
+    for (n, both) in both.iter().enumerate() {
+        let halves = simd.evens_odds(both);
+        for (apart, half) in apart.iter_mut().zip(halves.as_chunks::<{ BLOCK / 2 }>().0) {
+            apart[n * BLOCK / 2..][..BLOCK / 2].copy_from_slice(half);
+        }
+    }
+    apart
+}
+
 /// A computation that is compiled for each level.
 pub(super) trait Kernel {
     /// What it gives.
@@ -508,6 +521,27 @@ mod tests {
         for kernels in Kernels::available() {
             let level = Level::new(kernels).expect("available");
             assert_eq!(level.run(Transpose(x)), want, "{kernels:?}");
+        }
+    }
+
+    struct PairsApart([[f32; BLOCK]; 2]);
+
+    impl Kernel for PairsApart {
+        type Output = [[f32; BLOCK]; 2];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Self::Output {
+            pairs_apart(simd, &self.0)
+        }
+    }
+
+    #[test]
+    fn pairs_come_apart() {
+        let both = std::array::from_fn(|n| std::array::from_fn(|i| (BLOCK * n + i) as f32));
+        let want = std::array::from_fn(|odd| std::array::from_fn(|i| (2 * i + odd) as f32));
+        for kernels in Kernels::available() {
+            let level = Level::new(kernels).expect("available");
+            assert_eq!(level.run(PairsApart(both)), want, "{kernels:?}");
         }
     }
 
