@@ -140,7 +140,10 @@ impl Tuning {
     pub fn default_of(kind: DeviceKind) -> Self {
         let software = kind == DeviceKind::SoftwareGpu;
         let workgroup = if software { 8 } else { 64 };
-        let cut = |format| Cut { workgroup, rows: least_rows(format) };
+        // Levels take many instructions to decode: beside those, what four more rows take is little.
+        let levels = |format| matches!(format, MatrixFormat::Q8 | MatrixFormat::Q4);
+        let more = |format| if software && levels(format) { 2 } else { 1 };
+        let cut = |format| Cut { workgroup, rows: more(format) * least_rows(format) };
         let tile_of =
             |workgroup, rows, tokens| Tile { workgroup, rows, tokens, matrix_unit: false };
         let tile = |format| match format {
