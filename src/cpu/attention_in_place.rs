@@ -142,9 +142,8 @@ impl Products for InPlace<'_> {
     }
 }
 
-/// Products of all queries with rows of a store from element `at` on, so far ahead of which more is asked
-/// for if `ask`, into
-/// `places` of each tile's scores.
+/// Products of all queries with rows of a store from element `at` on into `places` of each tile's scores;
+/// what lies so many bytes beyond is asked for ahead if `ask`.
 #[inline(always)]
 fn plain<S: Simd>(
     simd: S,
